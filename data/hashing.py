@@ -28,5 +28,9 @@ def unit(*parts: str | int) -> float:
 
 
 def generator(*parts: str | int) -> np.random.Generator:
-    """Numpy generator (Philox, whose stream is fixed by numpy's compatibility policy) keyed by the parts."""
+    """Numpy generator keyed by the parts.
+
+    Its bits are fixed; how numpy makes integers and permutations of them may change with numpy's version,
+    which is one of the versions that a record names.
+    """
     return np.random.Generator(np.random.Philox(key=hash64(*parts)))

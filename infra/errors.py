@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
@@ -107,8 +108,21 @@ def free_bytes(folder: Path) -> int | None:
     return None
 
 
-def disk_full_message(folder: Path, doing: str) -> str:
-    """What to tell a user whose disk is full: where, how much is left, and what frees some."""
+@contextlib.contextmanager
+def disk_full_told(folder: Path, doing: str) -> Iterator[None]:
+    """Turn whatever a full disk under `folder` makes the block raise into DiskFull, saying what to do."""
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        if not is_disk_full(error, folder):
+            raise
+        raise DiskFull(_disk_full_message(folder, doing)) from error
+
+
+def _disk_full_message(folder: Path, doing: str) -> str:
+    """Where, how much is left, and what frees some."""
     free = free_bytes(folder)
     left = "an unknown number of" if free is None else f"{free:,}"
     return (

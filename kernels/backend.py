@@ -1,0 +1,50 @@
+"""Which implementation a public function runs: Triton on a CUDA device, the PyTorch reference elsewhere.
+
+Triton is optional. A machine without it still imports every file of this folder and runs the references;
+`jit` then leaves the kernel an ordinary function that nobody calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU-only installations, and platforms without Triton
+    triton = None
+    tl = None
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit` where Triton is installed, otherwise the function unchanged."""
+    return function if triton is None else triton.jit(function)
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether kernels over `tensor` run in Triton (CUDA tensors) or as the PyTorch reference (all others).
+
+    Raises:
+        RuntimeError: the tensor is on a GPU whose FP8 kernels cannot run: no Triton, no E4M3 hardware
+            (NVIDIA compute capability below 8.9), or a ROCm device. A silent fallback there would be slow
+            and would go unnoticed.
+    """
+    if not tensor.is_cuda:
+        return False
+    if torch.version.hip is not None:
+        raise RuntimeError("FP8 kernels: ROCm devices are not supported; move the tensors to the CPU")
+    if triton is None:
+        raise RuntimeError(
+            "FP8 kernels: the tensor is on a GPU and Triton is not installed; "
+            "install triton>=3.6 or move the tensors to the CPU"
+        )
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if capability < (8, 9):
+        raise RuntimeError(
+            f"FP8 kernels: {torch.cuda.get_device_name(tensor.device)} has compute capability {capability}, "
+            "and E4M3 needs (8, 9); use precision bf16, or move the tensors to the CPU"
+        )
+    return True

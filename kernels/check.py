@@ -1,0 +1,191 @@
+"""Compile every Triton kernel for Hopper (sm_90), without a GPU, and read what the compiler made of it.
+
+    python -m kernels.check [--json FILE]
+
+Each kernel is compiled as its public function launches it. It must keep within the shared memory of one
+thread block and spill no register, and a GEMM must sum each group of 128 on the FP8 tensor cores (four
+instructions of 32). This shows that the kernels compile, not that they are right: that takes their
+references, and a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels import gemm, quantize
+from kernels.backend import triton
+from kernels.figures import Row, at_least, at_most, show, write
+
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one thread block of an H100 may use
+WGMMA_K = 32  # FP8 products along K that one tensor-core instruction sums
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel: what Triton's launcher would compile for such arguments.
+
+    `types` gives every argument in order; "1" is an integer known to be 1 (a unit stride). Arguments of
+    `aligned` are known to be multiples of 16, as the launcher finds them for usual sizes.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    options: dict[str, Any]
+    tensor_core: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a case."""
+
+    case: Case
+    shared: int
+    registers: int
+    stack: int
+    spills: int
+    wgmma: int
+
+    def rows(self) -> list[Row]:
+        """The case's figures, with the limits that they must keep."""
+        name = self.case.name
+        rows = [
+            at_most(f"{name}: shared memory", "B", self.shared, SHARED_LIMIT),
+            at_most(f"{name}: stack and spills", "", self.stack + self.spills, 0),
+            Row(f"{name}: registers a thread", "", self.registers),
+        ]
+        if self.case.tensor_core:
+            # Fewer would mean that part of the product does not run on the FP8 tensor cores.
+            rows.append(at_least(f"{name}: FP8 wgmma", "", self.wgmma, quantize.TILE // WGMMA_K))
+        return rows
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel, in every configuration that the public functions launch."""
+    sizes = {"rows": "i32", "cols": "i32"}
+    outputs = {"codes": "*fp8e4nv", "scales": "*fp32"}
+    row_major = {"stride_row": "i32", "stride_col": "1"}
+    transposed = {"stride_row": "1", "stride_col": "i32"}
+    even = ("rows", "cols", "stride_row", "stride_col")
+    tile = ("quantize_tiles", quantize.tiles_kernel, "x", {"ROWS": quantize.TILE_ROWS}, quantize.TILE_OPTIONS)
+    block = ("quantize_blocks", quantize.blocks_kernel, "w", {}, quantize.BLOCK_OPTIONS)
+    for (name, kernel, source, constants, options), variant, dtype, strides, aligned, power_of_two in (
+        (tile, "rows", "bf16", row_major, even, False),
+        (tile, "ragged rows", "bf16", row_major, (), False),
+        (tile, "columns", "bf16", transposed, even, False),
+        (tile, "columns 2^n", "fp32", transposed, even, True),
+        (block, "rows", "bf16", row_major, even, False),
+        (block, "rows 2^n", "fp32", row_major, even, True),
+    ):
+        yield Case(
+            name=f"{name} {dtype} {variant}",
+            kernel=kernel,
+            types={source: f"*{dtype}", **outputs, **sizes, **strides},
+            constants={"POWER_OF_TWO": power_of_two, **constants},
+            aligned=(source, "codes", "scales", *aligned),
+            options=options,
+        )
+    operands = {"a": "*fp8e4nv", "a_scales": "*fp32", "b": "*fp8e4nv", "b_scales": "*fp32"}
+    for m, b_block, out, aligned in (
+        (64, quantize.BLOCKS, "bf16", ("N",)),
+        (64, quantize.TILES, "fp32", ("N",)),
+        (64, quantize.TILES, "fp32", ()),
+        (128, quantize.BLOCKS, "bf16", ("N",)),
+        (128, quantize.BLOCKS, "fp32", ()),
+    ):
+        config = gemm.config_for(m, b_block)
+        ragged = "" if aligned else " ragged"
+        yield Case(
+            name=f"gemm {config.block_m}x{config.block_n}, b in {b_block[0]}x{b_block[1]}, {out}{ragged}",
+            kernel=gemm.gemm_kernel,
+            types={**operands, "out": f"*{out}", "M": "i32", "N": "i32", "GROUPS": "i32"},
+            constants={
+                "B_TILES": b_block == quantize.TILES,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BAND": gemm.BAND,
+            },
+            aligned=(*operands, "out", *aligned),
+            options=config.options,
+            tensor_core=True,
+        )
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compile one case for sm_90 and inspect the binary.
+
+    Raises:
+        RuntimeError: the process imported the kernels under TRITON_INTERPRET, or without Triton.
+    """
+    if triton is None:
+        raise RuntimeError("kernels.check: Triton is not installed; install triton>=3.6")
+    if not isinstance(case.kernel, triton.runtime.JITFunction):
+        raise RuntimeError("kernels.check: TRITON_INTERPRET is set, which replaces the compiler; unset it")
+    names = case.kernel.arg_names
+    constants = {**case.constants, **{name: 1 for name, kind in case.types.items() if kind == "1"}}
+    source = triton.compiler.ASTSource(
+        fn=case.kernel,
+        signature={name: "constexpr" if name in constants else case.types[name] for name in names},
+        constexprs=constants,
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]] for name in case.aligned if name not in constants
+        },
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    kernel = triton.compile(source, target=target, options=case.options)
+    registers, stack, sass = _inspect(kernel.asm["cubin"])
+    return Compiled(
+        case=case,
+        shared=kernel.metadata.shared,
+        registers=registers,
+        stack=stack,
+        spills=sum(" STL" in line or " LDL" in line for line in sass.splitlines()),
+        wgmma=sum("QGMMA" in line for line in sass.splitlines()),
+    )
+
+
+def _inspect(cubin: bytes) -> tuple[int, int, str]:
+    """Registers a thread, bytes of stack and disassembly of a compiled kernel, by the tools inside Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path))
+        sass = _run(triton.knobs.nvidia.nvdisasm.path, str(path))
+    figures = dict(part.split(":", 1) for part in usage.split() if part.count(":") == 1)
+    return int(figures["REG"]), int(figures["STACK"]), sass
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line. Returns 1 if a limit is broken."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.check", description="Compile the kernels for sm_90."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    options = parser.parse_args(arguments)
+    rows = []
+    for case in cases():
+        found = compile_case(case).rows()
+        print(show(found), flush=True)
+        rows += found
+    if options.json:
+        write(options.json, rows)
+    failed = [row.name for row in rows if row.holds is False]
+    print(f"{len(failed)} of {len(rows)} figures break their limit" if failed else "all limits hold")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

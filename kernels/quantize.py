@@ -1,0 +1,278 @@
+"""FP8 E4M3 quantisation with fine-grained scales (DeepSeek-V3 report, section 3.3.2).
+
+One scale covers 1x128 values of an activation (one token, 128 channels) or 128x128 values of a weight, so
+one outlier costs precision only to its own tile. Scales come from the tensor at hand (no delayed scaling):
+
+    scale = amax / 448          FP32, or rounded up to a power of two (UE8M0) with `power_of_two=True`
+    code  = e4m3(value / scale) round to nearest even, saturating at +-448
+
+Every step is one correctly rounded FP32 operation, so the reference and the kernel agree bit for bit.
+Rules at the edges:
+
+- A tile of zeros has scale 1 and codes zero; a zero keeps its sign.
+- The smallest scale is 2**-126, the smallest normal FP32 number. It binds only for amax below 448 * 2**-126
+  = 5.3e-36. There is no larger floor: the published inference code clamps amax at 1e-4, which in training
+  would flush small gradients to zero.
+- A tile that holds a NaN or an infinity gets scale NaN and all codes NaN: it cannot pass unnoticed.
+- Last tiles may be ragged. Codes have exactly the shape of the tensor; the missing part counts as zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.backend import jit, runs_triton, tl
+
+E4M3_MAX = 448.0
+MIN_SCALE = 2.0**-126
+TILE = 128
+TILES = (1, TILE)
+BLOCKS = (TILE, TILE)
+
+TILE_ROWS = 32  # rows of 128 values that one program of the tile kernel quantises
+# Launch options. Without fusion every operation rounds on its own, as in the reference.
+TILE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+BLOCK_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix in FP8: E4M3 `codes` [rows, cols] and an FP32 scale for each block of rows and columns.
+
+    `scales` is [ceil(rows / block[0]), ceil(cols / block[1])]. An element is its code times the scale of the
+    block that it lies in. Both tensors are contiguous.
+
+    Raises:
+        ValueError, TypeError: the parts do not fit together.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    block: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.block not in (TILES, BLOCKS):
+            raise ValueError(f"Quantized: block is {self.block}; it must be {TILES} or {BLOCKS}")
+        if self.codes.dtype != torch.float8_e4m3fn or self.scales.dtype != torch.float32:
+            raise TypeError(
+                f"Quantized: codes are {self.codes.dtype} and scales {self.scales.dtype}; "
+                "they must be torch.float8_e4m3fn and torch.float32"
+            )
+        if self.codes.dim() != 2:
+            raise ValueError(f"Quantized: codes have shape {tuple(self.codes.shape)}; they must be a matrix")
+        expected = _scale_shape(self.codes.shape, self.block)
+        if tuple(self.scales.shape) != expected:
+            raise ValueError(
+                f"Quantized: scales have shape {tuple(self.scales.shape)}; codes {tuple(self.codes.shape)} "
+                f"in blocks of {self.block} need {expected}"
+            )
+        if self.codes.device != self.scales.device:
+            raise ValueError(f"Quantized: codes are on {self.codes.device}, scales on {self.scales.device}")
+        if not (self.codes.is_contiguous() and self.scales.is_contiguous()):
+            raise ValueError("Quantized: codes and scales must be contiguous; call .contiguous() on both")
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the matrix."""
+        return self.codes.shape
+
+    def transpose(self) -> Quantized:
+        """The transposed matrix, codes and scales moved, no value changed.
+
+        Only square blocks turn into blocks of the same kind; 1x128 tiles must be dequantised, transposed and
+        quantised again.
+
+        Raises:
+            ValueError: the blocks are 1x128 tiles.
+        """
+        if self.block != BLOCKS:
+            raise ValueError(
+                "Quantized.transpose: 1x128 tiles have no transpose; quantize the transposed values"
+            )
+        return Quantized(self.codes.t().contiguous(), self.scales.t().contiguous(), self.block)
+
+
+def quantize_tiles(x: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
+    """Quantise a matrix [rows, cols] (FP32 or BF16, any strides) in 1x128 tiles: the grouping of activations.
+
+    For the 128x1 grouping that the weight gradient needs, pass the transposed view: `quantize_tiles(x.t())`.
+
+    Raises:
+        TypeError, ValueError: `x` is not an FP32 or BF16 matrix.
+        RuntimeError: `x` is on a GPU without FP8 support.
+    """
+    _check_input("quantize_tiles", x)
+    if runs_triton(x):
+        return quantize_tiles_triton(x, power_of_two=power_of_two)
+    return quantize_reference(x, TILES, power_of_two=power_of_two)
+
+
+def quantize_blocks(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
+    """Quantise a matrix [rows, cols] (FP32 or BF16, any strides) in 128x128 blocks: the grouping of weights.
+
+    Raises:
+        TypeError, ValueError: `w` is not an FP32 or BF16 matrix.
+        RuntimeError: `w` is on a GPU without FP8 support.
+    """
+    _check_input("quantize_blocks", w)
+    if runs_triton(w):
+        return quantize_blocks_triton(w, power_of_two=power_of_two)
+    return quantize_reference(w, BLOCKS, power_of_two=power_of_two)
+
+
+def quantize_reference(x: torch.Tensor, block: tuple[int, int], *, power_of_two: bool = False) -> Quantized:
+    """The PyTorch reference of both quantisers, on any device: the kernels must agree with it bit for bit."""
+    rows, cols = x.shape
+    height, width = block
+    scale_rows, scale_cols = _scale_shape(x.shape, block)
+    padding = (0, scale_cols * width - cols, 0, scale_rows * height - rows)
+    padded = x.float().contiguous()
+    if any(padding):
+        padded = torch.nn.functional.pad(padded, padding)
+    blocks = padded.view(scale_rows, height, scale_cols, width)
+    scales = _scales(torch.maximum(blocks.amax(dim=(1, 3)), -blocks.amin(dim=(1, 3))), power_of_two)
+    # Builds of torch differ in whether a cast beyond 448 saturates, hence the clamp. NaN passes through it.
+    values = (blocks / scales[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    spoiled = scales.isnan()
+    if spoiled.any():
+        # The NaN of a quotient may carry either sign; torch.nan gives the one code 0x7F on every device.
+        values.masked_fill_(spoiled[:, None, :, None], torch.nan)
+    codes = values.view(padded.shape)[:rows, :cols].to(torch.float8_e4m3fn).contiguous()
+    return Quantized(codes, scales, block)
+
+
+def quantize_tiles_triton(x: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
+    """The Triton kernel for 1x128 tiles: what `quantize_tiles` runs on a GPU."""
+    codes, scales = _empty(x, TILES)
+    rows, cols = x.shape
+    if x.numel() > 0:
+        grid = (-(-rows // TILE_ROWS), scales.shape[1])
+        with torch.cuda.device_of(x):
+            tiles_kernel[grid](
+                x, codes, scales, rows, cols, x.stride(0), x.stride(1),
+                POWER_OF_TWO=power_of_two, ROWS=TILE_ROWS, **TILE_OPTIONS,
+            )  # fmt: skip
+    return Quantized(codes, scales, TILES)
+
+
+def quantize_blocks_triton(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
+    """The Triton kernel for 128x128 blocks: what `quantize_blocks` runs on a GPU."""
+    codes, scales = _empty(w, BLOCKS)
+    rows, cols = w.shape
+    if w.numel() > 0:
+        with torch.cuda.device_of(w):
+            blocks_kernel[tuple(scales.shape)](
+                w, codes, scales, rows, cols, w.stride(0), w.stride(1),
+                POWER_OF_TWO=power_of_two, **BLOCK_OPTIONS,
+            )  # fmt: skip
+    return Quantized(codes, scales, BLOCKS)
+
+
+def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The matrix [rows, cols] that `q` stands for: FP32 products of code and scale, then cast to `dtype`."""
+    rows, cols = q.shape
+    height, width = q.block
+    scales = q.scales.repeat_interleave(width, dim=1)[:, :cols]
+    if height > 1:
+        scales = scales.repeat_interleave(height, dim=0)[:rows]
+    return (_decode(q.codes) * scales).to(dtype)
+
+
+def _decode(codes: torch.Tensor) -> torch.Tensor:
+    """The FP32 values of E4M3 codes, exact."""
+    if codes.device.type != "cpu":
+        return codes.float()
+    # On a CPU a table of the 256 values is five times as fast as the cast.
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return table.index_select(0, codes.view(torch.uint8).view(-1).int()).view(codes.shape)
+
+
+def _scales(amax: torch.Tensor, power_of_two: bool) -> torch.Tensor:
+    """Scales (FP32) of tiles whose largest magnitudes are `amax` (FP32; NaN where the tile holds one)."""
+    scales = amax / E4M3_MAX
+    if power_of_two:
+        bits = scales.view(torch.int32)
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+        scales = (exponent << 23).to(torch.int32).view(torch.float32)
+    scales = scales.clamp(min=MIN_SCALE)
+    scales = torch.where(amax == 0, 1.0, scales)
+    return torch.where(amax.isfinite(), scales, torch.nan)
+
+
+def _scale_shape(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def _empty(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    return codes, torch.empty(_scale_shape(x.shape, block), dtype=torch.float32, device=x.device)
+
+
+def _check_input(function: str, x: torch.Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{function}: the tensor has shape {tuple(x.shape)}; pass a matrix [rows, cols]")
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"{function}: the tensor is {x.dtype}; pass torch.float32 or torch.bfloat16")
+
+
+@jit
+def tiles_kernel(
+    x, codes, scales, rows, cols, stride_row, stride_col,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS rows of one column of tiles."""
+    tile = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tile.to(tl.int64) * 128 + tl.arange(0, 128)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    values = tl.load(x + row[:, None] * stride_row + col[None, :] * stride_col, mask=inside, other=0.0)
+    values = values.to(tl.float32)
+    scale = _kernel_scale(tl.max(_magnitude_bits(values), axis=1), POWER_OF_TWO)
+    tl.store(codes + row[:, None] * cols + col[None, :], _kernel_encode(values, scale[:, None]), mask=inside)
+    tl.store(scales + row * tl.cdiv(cols, 128) + tile, scale, mask=row < rows)
+
+
+@jit
+def blocks_kernel(
+    w, codes, scales, rows, cols, stride_row, stride_col,
+    POWER_OF_TWO: tl.constexpr,
+):  # fmt: skip
+    """One program: one 128x128 block."""
+    row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
+    col = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    values = tl.load(w + row[:, None] * stride_row + col[None, :] * stride_col, mask=inside, other=0.0)
+    values = values.to(tl.float32)
+    scale = _kernel_scale(tl.max(tl.max(_magnitude_bits(values), axis=1), axis=0), POWER_OF_TWO)
+    tl.store(codes + row[:, None] * cols + col[None, :], _kernel_encode(values, scale), mask=inside)
+    tl.store(scales + tl.program_id(0) * tl.cdiv(cols, 128) + tl.program_id(1), scale)
+
+
+@jit
+def _magnitude_bits(values):
+    """Bits of |values|. As integers they order like the numbers, with NaN above infinity: a maximum over them
+    cannot lose a NaN, as the floating-point maximum of the hardware does."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def _kernel_scale(amax_bits, POWER_OF_TWO: tl.constexpr):
+    # div_rn is the IEEE division; the operator / compiles to an approximation with other last bits.
+    scale = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0)
+    if POWER_OF_TWO:
+        bits = scale.to(tl.int32, bitcast=True)
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+    scale = tl.maximum(scale, 1.1754943508222875e-38)  # MIN_SCALE
+    scale = tl.where(amax_bits == 0, 1.0, scale)
+    return tl.where(amax_bits < 0x7F800000, scale, float("nan"))
+
+
+@jit
+def _kernel_encode(values, scale):
+    quotient = tl.minimum(tl.maximum(tl.div_rn(values, scale), -448.0), 448.0)
+    # The hardware's minimum and maximum drop NaN: put it back where the scale says so.
+    quotient = tl.where(scale == scale, quotient, float("nan"))
+    return quotient.to(tl.float8e4nv)

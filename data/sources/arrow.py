@@ -1,0 +1,88 @@
+"""A data set of the `datasets` library: a folder made by `save_to_disk`, or what `load_dataset` takes.
+
+Either way the library leaves Arrow files on this disk; they are hashed and read as they are, without the
+library.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from data.documents import Document
+from data.hashing import unit
+from data.sources.base import UNREADABLE, Candidate, Reading, Rejection, candidate, unreadable
+from data.sources.records import OVER_CAP, from_record
+from infra.errors import HeadwaterError
+
+
+class DatasetsSource:
+    """One split of a data set."""
+
+    name = "datasets"
+
+    def __init__(self, dataset: str, split: str = "train", subset: str = "") -> None:
+        self.dataset = dataset
+        self.split = split
+        self.subset = subset
+
+    def candidates(self) -> list[Candidate]:
+        folder = Path(self.dataset).expanduser()
+        saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+        files = saved_files(folder, self.split) if saved else self._loaded_files()
+        root = folder.name if folder.exists() else self.dataset
+        return [
+            candidate(f"{root}/{self.split}/{place:05d}.arrow", file, records=True)
+            for place, file in enumerate(files)
+        ]
+
+    def _loaded_files(self) -> list[Path]:
+        import datasets  # slow to import, and only needed to fetch or convert
+
+        try:
+            loaded = datasets.load_dataset(self.dataset, self.subset or None, split=self.split)
+        except Exception as error:
+            raise HeadwaterError(
+                f"cannot load split {self.split!r} of the data set {self.dataset!r}: {error}. A name needs "
+                "the network once; without it give the folder of a data set saved with save_to_disk, or a "
+                "folder of Parquet or JSON lines"
+            ) from error
+        files = [Path(entry["filename"]) for entry in loaded.cache_files]
+        if not files:
+            raise HeadwaterError(f"the data set {self.dataset!r} left no Arrow files on this disk to read")
+        return files
+
+    def read(self, candidate: Candidate, reading: Reading) -> Iterator[Document | Rejection]:
+        if candidate.problem:
+            yield Rejection(candidate.name, candidate.problem)
+            return
+        index = 0
+        try:
+            with pa.memory_map(str(candidate.file)) as mapped:
+                stream = pa.ipc.open_stream(mapped)
+                wanted = {reading.text_field, reading.licence_field}
+                columns = [name for name in stream.schema.names if name in wanted] or stream.schema.names
+                for batch in stream:
+                    for row in range(batch.num_rows):
+                        name = f"{candidate.name}#{index}"
+                        index += 1
+                        if unit("record", name) >= reading.share:
+                            yield Rejection(name, OVER_CAP, quarantined=False)
+                            continue
+                        record = {column: batch.column(column)[row].as_py() for column in columns}
+                        yield from_record(self.name, name, record, reading)
+        except UNREADABLE as error:
+            yield Rejection(f"{candidate.name}#{index}", unreadable(error))
+
+
+def saved_files(folder: Path, split: str) -> list[Path]:
+    """The Arrow files of a folder made by `save_to_disk`, of one split if it holds several."""
+    splits = folder / "dataset_dict.json"
+    if splits.is_file():
+        names = json.loads(splits.read_text(encoding="utf-8")).get("splits", [])
+        if split not in names:
+            raise HeadwaterError(f"{folder} has no split {split!r}; it has {', '.join(names)}: set split")
+        folder = folder / split
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return [folder / entry["filename"] for entry in state["_data_files"]]

@@ -1,0 +1,113 @@
+"""Files that hold many documents: JSON lines and Parquet.
+
+Where a cap asks for a share of the documents, each record is taken or left by the hash of its name, so
+that the share is an even sample of the file and a larger share contains the smaller one.
+"""
+
+import json
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.documents import Document, make_document
+from data.hashing import unit
+from data.sources.base import (
+    UNREADABLE,
+    Candidate,
+    Reading,
+    Rejection,
+    check_text,
+    open_bytes,
+    too_large,
+    unreadable,
+)
+
+OVER_CAP = "left out under max_bytes"
+# A line of JSON is longer than the text in it: escapes and the other fields. Beyond this it is not parsed.
+_LINE_SLACK = 1 << 20
+
+
+def read_jsonl(source: str, candidate: Candidate, reading: Reading) -> Iterator[Document | Rejection]:
+    """One document a line. A line far beyond the size limit is skipped in steps and never held whole."""
+    limit = 2 * reading.max_document_bytes + _LINE_SLACK
+    index = -1
+    try:
+        with open_bytes(candidate.file) as handle:
+            while line := handle.readline(limit + 1):
+                index += 1
+                name = f"{candidate.name}#{index}"
+                if len(line) > limit:
+                    while line and not line.endswith(b"\n"):
+                        line = handle.readline(_LINE_SLACK)
+                    yield Rejection(name, too_large(reading.max_document_bytes))
+                    continue
+                if not line.strip():
+                    continue
+                if unit("record", name) >= reading.share:
+                    yield Rejection(name, OVER_CAP, quarantined=False)
+                    continue
+                yield _parse_line(source, name, line, reading)
+    except UNREADABLE as error:
+        yield Rejection(f"{candidate.name}#{index + 1}", unreadable(error))
+
+
+def _parse_line(source: str, name: str, line: bytes, reading: Reading) -> Document | Rejection:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        return Rejection(name, f"invalid UTF-8 at byte {error.start} of the line")
+    except (ValueError, RecursionError):
+        return Rejection(name, "invalid JSON")
+    if not isinstance(record, dict):
+        return Rejection(name, "invalid JSON: not an object")
+    return from_record(source, name, record, reading)
+
+
+def from_record(source: str, name: str, record: dict, reading: Reading) -> Document | Rejection:
+    """A document from a record's fields."""
+    text = record.get(reading.text_field)
+    if not isinstance(text, str):
+        fields = ", ".join(sorted(str(key) for key in record)[:8])
+        return Rejection(name, f"no text in field {reading.text_field!r} (set text_field; it has: {fields})")
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        return Rejection(name, "invalid Unicode: half of a surrogate pair")
+    if size > reading.max_document_bytes:
+        return Rejection(name, too_large(reading.max_document_bytes))
+    licence = record.get(reading.licence_field) if reading.licence_field else None
+    licence = licence if isinstance(licence, str) and licence else reading.licence
+    return check_text(name, text) or make_document(source, name, licence, text)
+
+
+def read_parquet(source: str, candidate: Candidate, reading: Reading) -> Iterator[Document | Rejection]:
+    """One document a row, read in batches; the largest thing held is one column chunk of a row group."""
+    index = 0
+    try:
+        with pq.ParquetFile(candidate.file) as file:
+            wanted = [reading.text_field, reading.licence_field]
+            columns = [name for name in file.schema_arrow.names if name in wanted]
+            if reading.text_field not in columns:
+                fields = ", ".join(sorted(file.schema_arrow.names)[:8])
+                reason = f"no text in field {reading.text_field!r} (set text_field; it has: {fields})"
+                yield Rejection(candidate.name, reason)
+                return
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                for row in range(batch.num_rows):
+                    yield _parse_row(source, f"{candidate.name}#{index}", batch, row, reading)
+                    index += 1
+    except UNREADABLE as error:
+        yield Rejection(f"{candidate.name}#{index}", unreadable(error))
+
+
+def _parse_row(
+    source: str, name: str, batch: pa.RecordBatch, row: int, reading: Reading
+) -> Document | Rejection:
+    if unit("record", name) >= reading.share:
+        return Rejection(name, OVER_CAP, quarantined=False)
+    try:
+        record = {column: batch.column(column)[row].as_py() for column in batch.schema.names}
+    except UnicodeDecodeError as error:
+        return Rejection(name, f"invalid UTF-8 at byte {error.start}")
+    return from_record(source, name, record, reading)

@@ -1,0 +1,47 @@
+"""From the words of a configuration to sources."""
+
+from pathlib import Path
+
+from data.sources.arrow import DatasetsSource
+from data.sources.base import Source
+from data.sources.stdlib import StdlibSource
+from data.sources.sysdocs import SysdocsSource
+from data.sources.tree import FileSource, GitSource, TreeSource
+from infra.errors import ConfigError
+
+_KNOWN = "builtin, stdlib, sysdocs, datasets:<name or folder>, a folder, a git checkout or a file"
+
+
+def resolve(words: str, split: str = "train", subset: str = "") -> list[Source]:
+    """The sources named by a comma-separated list.
+
+    `builtin` stands for `stdlib,sysdocs`; `datasets:<name>` goes to the `datasets` library; anything else
+    is a path. A path with a comma in it works when it is the only source. Raises ConfigError for what
+    does not exist.
+    """
+    if Path(words).expanduser().exists():
+        return [_from_path(words)]
+    sources: list[Source] = []
+    for word in (part.strip() for part in words.split(",")):
+        if not word:
+            continue
+        if word in ("builtin", "stdlib"):
+            sources.append(StdlibSource())
+        if word in ("builtin", "sysdocs"):
+            sources.append(SysdocsSource())
+        if word.startswith("datasets:"):
+            sources.append(DatasetsSource(word.removeprefix("datasets:"), split, subset))
+        elif word not in ("builtin", "stdlib", "sysdocs"):
+            sources.append(_from_path(word))
+    if not sources:
+        raise ConfigError(f"sources is empty; give {_KNOWN}")
+    return sources
+
+
+def _from_path(word: str) -> Source:
+    path = Path(word).expanduser()
+    if path.is_dir():
+        return GitSource(path) if (path / ".git").exists() else TreeSource(path)
+    if path.exists():
+        return FileSource(path)
+    raise ConfigError(f"sources: there is no {word!r}; give {_KNOWN}, or a comma-separated list of these")

@@ -1,0 +1,45 @@
+"""Text under /usr/share/doc: manuals, changelogs and readmes of the packages of a Debian-like system.
+
+The folder does not exist everywhere, and minimal images strip it; then this source is empty.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.documents import Document
+from data.sources.base import Candidate, Reading, Rejection, candidate
+from data.sources.formats import format_of, read_file
+
+LICENCE = "see /usr/share/doc/<package>/copyright"
+_SUFFIXES = frozenset([".adoc", ".md", ".org", ".rst", ".tex", ".text", ".txt"])
+
+
+class SysdocsSource:
+    """Prose in /usr/share/doc, packed or not; pages in HTML and example programs are left out."""
+
+    name = "sysdocs"
+
+    def __init__(self, folder: Path = Path("/usr/share/doc")) -> None:
+        self.folder = folder
+
+    def candidates(self) -> list[Candidate]:
+        found = []
+        for here, folders, files in os.walk(self.folder):
+            folders.sort()
+            for name in files:
+                file = Path(here, name)
+                if self._wanted(file):
+                    found.append(candidate(f"doc/{file.relative_to(self.folder).as_posix()}", file))
+        return sorted(found, key=lambda one: one.name)
+
+    def _wanted(self, file: Path) -> bool:
+        if file.is_symlink() or format_of(file) != "text":
+            return False
+        name = file.stem if file.suffix == ".gz" else file.name
+        return (
+            Path(name).suffix.lower() in _SUFFIXES or "." not in name or name.lower().startswith("changelog")
+        )
+
+    def read(self, candidate: Candidate, reading: Reading) -> Iterator[Document | Rejection]:
+        return read_file(self.name, candidate, Reading(**{**vars(reading), "licence": LICENCE}))

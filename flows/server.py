@@ -1,0 +1,133 @@
+"""A Prefect server on loopback for one home: started, found again, and ended.
+
+`headwater up` runs one with every service until Ctrl-C and leaves its address for others; `headwater run`
+records there when it is up, and otherwise starts a bare one for the length of the run, on the same
+database, so that the run can be looked at later. Nothing here imports Prefect: the server is a program of
+its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows import leash, prefect_home
+from infra.errors import HeadwaterError
+from infra.files import atomic_write_json
+
+HOST = "127.0.0.1"
+FIRST_PORT = 4200
+# A first start creates the database: 8 s on an idle core, several times that on a busy one.
+PATIENCE = 180.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers: where its API is, its pages, and its process."""
+
+    api_url: str
+    ui_url: str
+    process: subprocess.Popen[bytes]
+
+
+@contextlib.contextmanager
+def serve(home: Path, port: int = 0, services: bool = True) -> Iterator[Server]:
+    """A server for the length of the `with`; `port` 0 takes any free one.
+
+    Without `services` it only records: no scheduler, no pages. HeadwaterError when it does not come up,
+    with the end of its log.
+    """
+    port = port or free_port()
+    log = prefect_home.folder(home) / f"server-{port}.log"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    url = f"http://{HOST}:{port}"
+    environment = prefect_home.environment(home, f"{url}/api")
+    process = leash.start(command + ([] if services else ["--no-services", "--no-ui"]), environment, log)
+    try:
+        _wait(process, f"{url}/api", log)
+        yield Server(f"{url}/api", url, process)
+    finally:
+        leash.stop(process, grace=10.0)
+
+
+def _wait(process: subprocess.Popen[bytes], api_url: str, log: Path) -> None:
+    until = time.monotonic() + PATIENCE
+    while not healthy(api_url):
+        if process.poll() is not None:
+            raise HeadwaterError(f"the Prefect server ended at its start; {log} says:\n{leash.tail(log)}")
+        if time.monotonic() > until:
+            raise HeadwaterError(f"the Prefect server did not answer within {PATIENCE:.0f} s; see {log}")
+        time.sleep(0.1)
+
+
+def healthy(api_url: str) -> bool:
+    """Whether a Prefect server answers at `api_url`."""
+    try:
+        # Loopback only, whatever proxy the machine is set to use.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{api_url}/health", timeout=2.0) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError, ValueError):
+        return False
+
+
+def free_port(first: int = 0) -> int:
+    """A free port on loopback: the next one from `first` on, or any."""
+    for port in range(first, first + 100) if first else [0]:
+        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+            with contextlib.suppress(OSError):
+                probe.bind((HOST, port))
+                return int(probe.getsockname()[1])
+    raise HeadwaterError(f"no free port on {HOST} from {first} to {first + 99}; name one with --port")
+
+
+@contextlib.contextmanager
+def announce(home: Path, server_port: int) -> Iterator[None]:
+    """Hold the place of *the* server of this home, and say where it is. HeadwaterError when it is taken.
+
+    The lock and not the file says whether one is running: a file outlives a killed process.
+    """
+    folder = prefect_home.folder(home)
+    with (folder / "up.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise HeadwaterError(f"`headwater up` is running already for {home}: {running(home)}") from None
+        atomic_write_json(
+            folder / "up.json",
+            {"api_url": f"http://{HOST}:{server_port}/api", "pid": os.getpid()},
+            points=None,
+        )
+        try:
+            yield
+        finally:
+            (folder / "up.json").unlink(missing_ok=True)
+
+
+def running(home: Path) -> str:
+    """The API of the server that `headwater up` runs for this home, "" when there is none that answers."""
+    folder = home / "prefect"
+    try:
+        with (folder / "up.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return ""  # nobody holds it
+    except BlockingIOError:
+        pass
+    except OSError:
+        return ""
+    try:
+        url = str(json.loads((folder / "up.json").read_text())["api_url"])
+    except (OSError, ValueError, KeyError):
+        return ""
+    return url if healthy(url) else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from infra.config import Section, StageConfig, placement
-from infra.files import atomic_write_text, sha256_file
+from infra.files import atomic_write_bytes, atomic_write_text, sha256_file
 from infra.stage import InputSpec, SourceFile, Stage, StageContext
 
 
@@ -19,7 +19,7 @@ class Shape(Section):
     workers: int = placement(1)
 
 
-class SourceConfig(StageConfig):
+class WordsConfig(StageConfig):
     """A source of words."""
 
     folder: str = ""
@@ -27,19 +27,15 @@ class SourceConfig(StageConfig):
     shape: Shape = Shape()
 
 
-def scan(config: SourceConfig) -> list[SourceFile]:
+def scan(config: WordsConfig) -> list[SourceFile]:
     """Hash the files of the folder, if one is given."""
     if not config.folder:
         return []
-    root = Path(config.folder)
-    return [
-        SourceFile(path.name, path.stat().st_size, sha256_file(path))
-        for path in sorted(root.iterdir())
-        if path.is_file()
-    ]
+    paths = sorted(path for path in Path(config.folder).iterdir() if path.is_file())
+    return [SourceFile(path.name, path.stat().st_size, sha256_file(path)) for path in paths]
 
 
-def make_words(config: SourceConfig, context: StageContext) -> None:
+def make_words(config: WordsConfig, context: StageContext) -> None:
     """Write each word, then their count, and a log that differs from run to run."""
     for i, word in enumerate(config.words):
         atomic_write_text(context.out / "words" / f"{i:03d}.txt", word * config.shape.width)
@@ -60,7 +56,7 @@ class TrainConfig(StageConfig):
 
 
 def train(config: TrainConfig, context: StageContext) -> None:
-    """Fold the words into a state, step by step, with a checkpoint every few steps."""
+    """Fold random numbers into a state, step by step, with a checkpoint every few steps."""
     import torch
 
     from infra.checkpoint import Checkpoints
@@ -78,9 +74,8 @@ def train(config: TrainConfig, context: StageContext) -> None:
         weights = weights * config.rate + torch.randn(8, generator=generator)
         time.sleep(config.pause)
         if (step + 1) % config.every == 0:
-            checkpoints.save(
-                step + 1, {"weights": weights, "generator": generator.get_state()}, {"step": step + 1}
-            )
+            state = {"weights": weights, "generator": generator.get_state()}
+            checkpoints.save(step + 1, state, {"step": step + 1})
             context.progress(step + 1, config.steps, norm=float(weights.norm()))
     text = "".join(
         path.read_text() for one in context.inputs_of("words") for path in one.files("words/*.txt")
@@ -92,7 +87,33 @@ def train(config: TrainConfig, context: StageContext) -> None:
     context.metric("norm", weights.norm())
 
 
-WORDS = Stage("words", 1, SourceConfig, make_words, scan=scan)
+class FillConfig(StageConfig):
+    """How to meet a full disk."""
+
+    how: str = "write"
+    mebibytes: int = 1
+
+
+def fill(config: FillConfig, context: StageContext) -> None:
+    """Write real bytes to a disk that may be too small."""
+    (context.scratch / "progress").write_text("kept")
+    if config.how == "device":
+        # The kernel's own full disk, which needs no rights to set up.
+        with open("/dev/full", "wb", buffering=0) as handle:
+            handle.write(b"x")
+    for i in range(config.mebibytes):
+        atomic_write_bytes(context.out / f"{i:03d}.bin", bytes(1 << 20))
+    if config.how == "leave-nothing":
+        # Take what is left, so that the stage succeeds and publishing is what fails.
+        with (context.scratch / "rest").open("wb", buffering=0) as handle:
+            try:
+                while handle.write(bytes(1 << 12)):
+                    pass
+            except OSError:
+                return
+
+
+WORDS = Stage("words", 1, WordsConfig, make_words, scan=scan)
 TRAIN = Stage(
     "train",
     1,
@@ -100,3 +121,5 @@ TRAIN = Stage(
     train,
     inputs={"words": InputSpec(("words",), many=True), "base": InputSpec(("train",), optional=True)},
 )
+FILL = Stage("fill", 1, FillConfig, fill)
+STAGES = {stage.name: stage for stage in (WORDS, TRAIN, FILL)}

@@ -1,0 +1,88 @@
+"""Distil experts into fine-tuning data: two forms a problem, rejection-sampled by verifiers."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from infra.config import StageConfig
+from infra.stage import InputSpec, Stage, StageContext
+
+
+class DistillConfig(StageConfig):
+    """How often experts are asked, and what is kept of their answers."""
+
+    problems: int = Field(
+        600, gt=0, description="Problems asked of each expert, spread evenly over its families"
+    )
+    samples: int = Field(4, gt=0, description="Samples a problem and form")
+    keep: int = Field(1, gt=0, description="Most samples kept a problem and form, the shortest first")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature")
+    max_tokens: int = Field(128, gt=0, description="Longest response in tokens")
+
+
+def run(config: DistillConfig, context: StageContext) -> None:
+    import random
+
+    from data.chat import EOS, ChatTokenizer
+    from infra.errors import HeadwaterError
+    from model.checkpoint import load_model
+    from model.engine.engine import Engine
+    from model.engine.sampling import Sampling
+    from post_training import problem_sets
+    from post_training.rejection import Form, keep
+    from post_training.rollout import sample
+    from post_training.samples import reverify, sample_row, write_samples
+    from post_training.tasks.problem import SYSTEM
+
+    forms = (Form("concise", "", must_reason=False), Form("reasoned", SYSTEM, must_reason=True))
+    rows: list[dict[str, str]] = []
+    asked = 0
+    served: set[str] = set()
+    for expert in context.inputs_of("experts"):
+        families = expert.json("expert.json")["families"]
+        tokenizer = ChatTokenizer(expert.file("tokenizer.json"))
+        engine = Engine(load_model(expert.path), [EOS])
+        problems = problem_sets.read(context.input("problems").file("train.parquet"), families)
+        random.Random(f"{config.seed}/distill").shuffle(problems)
+        for family in families:
+            mine = [p for p in problems if p.family == family][: config.problems // len(families)]
+            for form in forms:
+                sampling = Sampling(config.max_tokens, config.temperature, seed=config.seed)
+                rollouts = sample(
+                    engine, tokenizer, mine, [form.system] * len(mine), sampling, config.samples
+                )
+                kept = keep(rollouts, form, config.samples, config.keep)
+                rows += [sample_row(tokenizer, rollout, form.name, expert.digest[:12]) for rollout in kept]
+                asked += len(mine)
+                served |= {f"{form.name}/{r.problem.id}" for r in kept}
+                context.log(f"{family}, {form.name}: {len(kept)} kept of {len(mine)} problems")
+                context.metric(f"kept_{family}_{form.name}", len(kept) / max(1, len(mine)))
+    if not rows:
+        raise HeadwaterError(
+            "distill: no expert answered any problem correctly; train the experts longer, "
+            "or ask easier problems"
+        )
+    rows.sort(key=lambda row: (row["family"], row["form"], row["problem"], row["thought"], row["answer"]))
+    path = context.out / "samples.parquet"
+    write_samples(path, rows)
+    total, passed = reverify(path, tokenizer)
+    if passed != total:
+        raise HeadwaterError(
+            f"distill: {total - passed} of {total} kept samples fail when read back and verified"
+        )
+    context.write_json("stats.json", {"samples": total, "asked": asked, "reverified": passed})
+    context.metric("samples", total)
+    context.metric("kept", len(served) / asked)
+    context.metric("reverified", passed / total)
+
+
+STAGE = Stage(
+    name="distill",
+    version=1,
+    config=DistillConfig,
+    run=run,
+    inputs={
+        "experts": InputSpec(("expert",), many=True, description="Experts, one a domain"),
+        "problems": InputSpec(("tasks",), description="Problems to ask"),
+    },
+)

@@ -1,0 +1,140 @@
+"""Extend the context with YaRN on the decoupled key, in phases, with the pass-key grid before and after."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from infra.config import Section, StageConfig, placement
+from infra.stage import InputSpec, Stage, StageContext
+
+
+class Phase(Section):
+    """One phase: the factor over the original context, and how long it trains (the report: 8 and 32,
+    §4.3)."""
+
+    factor: float = Field(4.0, gt=1, description="Context over the original context")
+    steps: int = Field(40, ge=0, description="Optimizer steps")
+
+
+class ExtendConfig(StageConfig):
+    """YaRN factors, fine-tuning on long rows, and the grid that shows what it brings."""
+
+    phases: list[Phase] = Field(default_factory=lambda: [Phase()], description="Phases in order")
+    batch_rows: int = Field(4, gt=0, description="Long sequences a step")
+    lr: float = Field(7.3e-6, gt=0, description="Constant learning rate of AdamW's parameters")
+    muon_lr: float = Field(1e-3, gt=0, description="Constant learning rate of Muon's parameters")
+    optimizer: str = Field("adamw", description="adamw as in the report, or muon")
+    grid_lengths: list[float] = Field(
+        default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
+        description="Context lengths of the grid, in multiples of the original context",
+    )
+    grid_depths: list[float] = Field(
+        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0], description="Places of the key, 0 start to 1 end"
+    )
+    grid_repeats: int = Field(8, gt=0, description="Keys asked for a cell of the grid")
+    micro_rows: int = placement(4, gt=0, description="Sequences whose activations are held at once")
+    checkpoint_every: int = placement(20, gt=0, description="Steps between checkpoints")
+
+
+def run(config: ExtendConfig, context: StageContext) -> None:
+    import json
+
+    from data.chat import EOS, ChatTokenizer
+    from data.loader import ShardLoader
+    from flows import plots
+    from flows.training import checkpoint_metrics, copy_tokenizer, progress, publish_training
+    from infra.checkpoint import Checkpoints
+    from model.checkpoint import load_model, save_model
+    from model.engine.engine import Engine
+    from model.optim.build import OptimizerConfig, build_optimizer
+    from model.train import LoopConfig, Position, Step, train
+    from post_training.evaluate import passkey_grid
+
+    base = context.input("base")
+    tokenizer = ChatTokenizer(base.file("tokenizer.json"))
+    source = ShardLoader(context.input("shards").path / "train", config.batch_rows, config.seed)
+    model = load_model(base.path)
+    original = model.config
+    context_length = original.original_max_position_embeddings
+    lengths = [int(multiple * context_length) - 24 for multiple in config.grid_lengths]
+    grids: dict[str, dict[int, dict[float, float]]] = {}
+
+    def measure(name: str) -> None:
+        engine = Engine(model, [EOS], max_rows=32, context=max(lengths) + 24)
+        grids[name] = passkey_grid(
+            engine, tokenizer, lengths, config.grid_depths, config.grid_repeats, config.seed
+        )
+        longest = grids[name][lengths[-1]]
+        context.metric(f"passkey_{name}", sum(longest.values()) / len(longest))
+
+    measure("before")
+    for number, phase in enumerate(config.phases, start=1):
+        extended = original.extended(phase.factor)
+        if number == 1:
+            model = load_model(base.path, config=extended)
+        else:
+            save_model(model, context.scratch / "phase")
+            model = load_model(context.scratch / "phase", config=extended)
+        if number == len(config.phases):
+            measure("yarn_alone" if number == 1 else "before_last_phase")
+        optimizer = build_optimizer(
+            model,
+            OptimizerConfig(name=config.optimizer, lr=config.lr, muon_lr=config.muon_lr, weight_decay=0.0),
+        )
+        offset = sum(p.steps for p in config.phases[: number - 1]) * config.batch_rows
+        steps = phase.steps
+
+        def schedule(position: Position, steps: int = steps) -> Step | None:
+            return Step(config.batch_rows, 1.0) if position.step < steps else None
+
+        log_file = context.scratch / f"phase{number}.jsonl"
+        train(
+            model,
+            optimizer,
+            _Offset(source, offset),
+            schedule,
+            LoopConfig(micro_rows=config.micro_rows, checkpoint_every=config.checkpoint_every),
+            Checkpoints(context.scratch / f"checkpoints{number}", log=context.log),
+            log_file,
+            progress(context, lambda position: position.step, steps),
+        )
+        publish_training(context, log_file, f"phase{number}")
+    measure("after")
+    save_model(model, context.out)
+    copy_tokenizer(base.file("tokenizer.json"), context)
+    context.write_json("passkey.json", json.loads(json.dumps(grids)))
+    depths = [f"{depth:g}" for depth in config.grid_depths]
+    for name, grid in grids.items():
+        cells = [[grid[length][depth] for length in lengths] for depth in config.grid_depths]
+        plots.heat(
+            context.out / "plots" / f"passkey_{name}.png",
+            cells,
+            depths,
+            [str(length) for length in lengths],
+            f"prompt tokens ({name.replace('_', ' ')})",
+            "depth of the key",
+        )
+    context.metric("context", model.config.max_position_embeddings)
+    checkpoint_metrics(context, model)
+
+
+class _Offset:
+    """A batch source that starts further on, so that a later phase sees rows the earlier one did not."""
+
+    def __init__(self, source, offset: int) -> None:  # type: ignore[no-untyped-def]
+        self.source, self.offset = source, offset
+
+    def stream(self, start: int, count: int):  # type: ignore[no-untyped-def]
+        return self.source.stream(self.offset + start, count)
+
+
+STAGE = Stage(
+    name="extend",
+    version=1,
+    config=ExtendConfig,
+    run=run,
+    inputs={
+        "base": InputSpec(("pretrain", "extend"), description="Checkpoint to extend"),
+        "shards": InputSpec(("pack",), description="Shards of long rows"),
+    },
+)

@@ -1,0 +1,104 @@
+"""Reinforce the SFT checkpoint with GRPO: rule-based verifiers, and a reward model beside them if there is
+one."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from infra.config import StageConfig, placement
+from infra.stage import InputSpec, Stage, StageContext
+
+
+class GRPOStageConfig(StageConfig):
+    """Rollouts, objective and rewards."""
+
+    families: list[str] = Field(
+        default_factory=list, description="Families to ask, in equal shares; empty: all that are reasoned"
+    )
+    steps: int = Field(90, gt=0, description="Batches of rollouts")
+    groups: int = Field(16, gt=0, description="Problems a step")
+    group_size: int = Field(8, gt=1, description="Responses a problem")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; the objective scores at 1")
+    max_tokens: int = Field(128, gt=0, description="Longest response in tokens")
+    lr: float = Field(1e-6, gt=0, description="Learning rate of AdamW")
+    beta: float = Field(0.02, ge=0, description="Weight of the KL divergence to the SFT checkpoint")
+    clip: float = Field(0.2, gt=0, description="Clip of the probability ratio")
+    updates: int = Field(1, gt=0, description="Optimizer steps a batch of rollouts")
+    format_weight: float = Field(0.1, ge=0, description="Reward of a well-formed response")
+    reward_model_weight: float = Field(
+        0.1, ge=0, description="Weight of the reward model's score, if one is given"
+    )
+    system_share: float = Field(0.0, ge=0, le=1, description="Share of groups asked with the system prompt")
+    micro_tokens: int = placement(8192, gt=0, description="Tokens whose activations are held at once")
+    checkpoint_every: int = placement(10, gt=0, description="Steps between checkpoints")
+
+
+def run(config: GRPOStageConfig, context: StageContext) -> None:
+    from data.chat import ChatTokenizer
+    from flows.training import checkpoint_metrics, copy_tokenizer, progress, publish_rl
+    from infra.checkpoint import Checkpoints
+    from model.checkpoint import load_model, save_model
+    from model.optim.build import OptimizerConfig, build_optimizer
+    from post_training import problem_sets
+    from post_training.grpo import GRPOConfig
+    from post_training.reinforce import RLConfig, optimize
+    from post_training.reward import load_reward_model
+    from post_training.rewards import model_rewards, rule_rewards
+    from post_training.tasks.problem import SYSTEM
+
+    policy = context.input("policy")
+    tokenizer = ChatTokenizer(policy.file("tokenizer.json"))
+    problems = problem_sets.read(context.input("problems").file("train.parquet"), config.families)
+    if not config.families:
+        problems = [p for p in problems if p.thought]
+    judges = [load_reward_model(artifact.path) for artifact in context.inputs_of("reward")]
+
+    def reward(rollouts):  # type: ignore[no-untyped-def]
+        total = rule_rewards(rollouts, config.format_weight)
+        for judge in judges:
+            total = total + config.reward_model_weight * model_rewards(judge, rollouts)
+        return total
+
+    model = load_model(policy.path)
+    log_file = context.scratch / "rl.jsonl"
+    optimize(
+        model,
+        load_model(policy.path).eval(),
+        build_optimizer(model, OptimizerConfig(name="adamw", lr=config.lr, weight_decay=0.0)),
+        tokenizer,
+        problems,
+        reward,
+        GRPOConfig(
+            config.groups, config.group_size, config.clip, config.beta, config.updates, config.micro_tokens
+        ),
+        RLConfig(
+            config.steps, config.temperature, config.max_tokens, config.system_share, config.checkpoint_every
+        ),
+        config.seed,
+        SYSTEM,
+        Checkpoints(context.scratch / "checkpoints", log=context.log),
+        log_file,
+        progress(context, lambda position: position.step, config.steps, every=5),
+    )
+    save_model(model, context.out)
+    copy_tokenizer(policy.file("tokenizer.json"), context)
+    checkpoint_metrics(context, model)
+    publish_rl(context, log_file)
+    # Rollout and reference one forward pass each, forward and backward three an update, the reward model one.
+    passes = 2 + (1 if config.updates > 1 else 0) + 3 * config.updates + len(judges)
+    context.metric("forward_passes", float(passes * context.metrics["sequence_tokens"]))
+
+
+STAGE = Stage(
+    name="grpo",
+    version=1,
+    config=GRPOStageConfig,
+    run=run,
+    inputs={
+        "policy": InputSpec(
+            ("sft", "grpo", "expert"), description="Checkpoint to reinforce, and the reference"
+        ),
+        "problems": InputSpec(("tasks",), description="Problems with verifiable answers"),
+        "reward": InputSpec(("reward",), optional=True, description="Reward model beside the rules"),
+    },
+)

@@ -1,0 +1,132 @@
+"""Pretrain the base model: MLA, DeepSeekMoE and MTP on packed shards, the report's schedules scaled to the
+run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pydantic import Field
+
+from infra.config import StageConfig, placement
+from infra.stage import InputSpec, Stage, StageContext
+from model.config import ModelConfig
+
+
+class PretrainConfig(StageConfig):
+    """The model, how long it trains, and on what schedule."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig, description="Architecture")
+    tokens: int = Field(2_400_000, gt=0, description="Tokens to train on; the schedule is scaled to them")
+    batch_rows: int = Field(16, gt=0, description="Sequences a step at full batch size")
+    batch_ramp: bool = Field(True, description="Ramp the batch size up over the first 3.2% of the tokens")
+    warmup: float = Field(0.03, gt=0, lt=1, description="Learning-rate warmup, as a share of the tokens")
+    optimizer: str = Field("adamw", description="adamw as in the report, or muon")
+    lr: float = Field(2.2e-4, gt=0, description="Peak learning rate of AdamW's parameters")
+    muon_lr: float = Field(8e-3, gt=0, description="Peak learning rate of Muon's parameters")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay")
+    clip: float = Field(1.0, gt=0, description="Largest gradient norm")
+    bias_speed: float = Field(0.001, ge=0, description="Gamma: step of the routing bias a training step")
+    balance_weight: float = Field(1e-4, ge=0, description="Alpha: weight of the sequence-wise balance loss")
+    precision: str = Field("fp32", description="fp32, bf16 or fp8")
+    micro_rows: int = placement(16, gt=0, description="Sequences whose activations are held at once")
+    checkpoint_every: int = placement(100, gt=0, description="Steps between checkpoints")
+    watch_rows: int = placement(32, ge=0, description="Held-out rows measured at each checkpoint")
+
+
+def run(config: PretrainConfig, context: StageContext) -> None:
+    import math
+    import shutil
+
+    from data.loader import ShardLoader
+    from flows.training import checkpoint_metrics, progress, publish_training
+    from infra.checkpoint import Checkpoints
+    from infra.errors import HeadwaterError
+    from model.checkpoint import save_model
+    from model.optim.build import OptimizerConfig, build_optimizer
+    from model.schedule import Schedule
+    from model.train import LoopConfig, Position, Step, held_out_loss, train
+    from model.transformer import build
+
+    shards, tokenizer = context.input("shards"), context.input("tokenizer")
+    source = ShardLoader(shards.path / "train", config.batch_rows, config.seed)
+    held_out = ShardLoader(shards.path / "heldout", 1, config.seed)
+    vocabulary = shards.json("stats.json")["vocab_size"]
+    if vocabulary > config.model.vocab_size:
+        raise HeadwaterError(
+            f"pretrain.model.vocab_size is {config.model.vocab_size}, but {shards.ref} uses "
+            f"{vocabulary} tokens: set it to at least that"
+        )
+    if source.sequence_length > config.model.original_max_position_embeddings:
+        raise HeadwaterError(
+            f"rows of {source.sequence_length} tokens do not fit "
+            f"model.original_max_position_embeddings = {config.model.original_max_position_embeddings}"
+        )
+    model = build(config.model, config.seed, config.precision)
+    optimizer = build_optimizer(
+        model,
+        OptimizerConfig(
+            name=config.optimizer,
+            lr=config.lr,
+            muon_lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            clip=config.clip,
+        ),
+    )
+    scaled = Schedule.scaled(config.tokens, config.warmup * config.tokens, bias_speed=config.bias_speed)
+    if not config.batch_ramp:
+        scaled = replace(scaled, batch_ramp=0.0)
+    mtp = config.model.num_nextn_predict_layers > 0
+    length = source.sequence_length
+
+    def schedule(position: Position) -> Step | None:
+        if position.tokens >= config.tokens:
+            return None
+        rows = max(1, math.floor(config.batch_rows * scaled.batch_share(position.tokens)))
+        # The rise starts after the first step, or that step would be thrown away.
+        middle = position.tokens + rows * length / 2
+        return Step(
+            rows,
+            scaled.lr_scale(middle),
+            scaled.mtp(position.tokens) if mtp else 0.0,
+            scaled.expert_bias_speed(position.tokens),
+        )
+
+    def watch(position: Position) -> dict[str, float]:
+        rows = min(config.watch_rows, held_out.rows)
+        return {"held_out_loss": held_out_loss(model, held_out, rows)[0]} if rows else {}
+
+    loop = LoopConfig(config.balance_weight, config.micro_rows, False, config.checkpoint_every)
+    log_file = context.scratch / "metrics.jsonl"
+    checkpoints = Checkpoints(context.scratch / "checkpoints", log=context.log)
+    train(
+        model,
+        optimizer,
+        source,
+        schedule,
+        loop,
+        checkpoints,
+        log_file,
+        progress(context, lambda position: position.tokens, config.tokens),
+        watch,
+    )
+    save_model(model, context.out)
+    shutil.copyfile(tokenizer.file("tokenizer.json"), context.out / "tokenizer.json")
+    loss, targets = held_out_loss(model, held_out, held_out.rows)
+    held = shards.json("stats.json")["heldout"]
+    context.metric("held_out_loss", loss)
+    context.metric("held_out_bits_per_byte", loss * targets / math.log(2) / held["bytes"])
+    context.metric("bigram_bits_per_byte", shards.metrics["bigram_bits_per_byte"])
+    checkpoint_metrics(context, model)
+    publish_training(context, log_file)
+
+
+STAGE = Stage(
+    name="pretrain",
+    version=1,
+    config=PretrainConfig,
+    run=run,
+    inputs={
+        "shards": InputSpec(("pack",), description="Packed token shards"),
+        "tokenizer": InputSpec(("tokenizer",), description="The tokenizer that the shards were made with"),
+    },
+)

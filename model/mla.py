@@ -1,0 +1,91 @@
+"""Multi-head Latent Attention (report §2.1.1, equations 1-11).
+
+Keys and values of all heads are made from one latent a token (and one rotary key shared by the heads), and
+only those are cached. Training expands the latent into heads; decoding absorbs the expansions into the
+query and the output, so that attention runs directly on the cached latents.
+Legend: B batch, T positions, D
+hidden, H heads, N content width, R rotary width, V value width, Q query rank, C key-value rank, L cached
+positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import attend
+from model.config import ModelConfig
+from model.norm import RMSNorm
+from model.precision import Precision
+from model.yarn import rotate, softmax_scale
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Weights are stored [out, in], named after the published checkpoint layout."""
+
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+        super().__init__()
+        self.config = config
+        self.precision = precision
+        c, heads = config, config.num_attention_heads
+        self.q_a_proj = nn.Parameter(torch.empty(c.q_lora_rank, c.hidden_size))
+        self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
+        self.q_b_proj = nn.Parameter(torch.empty(heads * c.qk_head_dim, c.q_lora_rank))
+        self.kv_a_proj = nn.Parameter(torch.empty(c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size))
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
+        self.kv_b_proj = nn.Parameter(
+            torch.empty(heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
+        )
+        self.o_proj = nn.Parameter(torch.empty(c.hidden_size, heads * c.v_head_dim))
+        self.scale = softmax_scale(config)
+
+    def queries(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Content and rotated parts of every head's query: [B, T, H, N + R]. cos, sin: [T or B,T, R/2]."""
+        c = self.config
+        latent_BTQ = self.q_a_layernorm(self.precision.linear(x_BTD, self.q_a_proj))
+        q = self.precision.linear(latent_BTQ, self.q_b_proj).unflatten(-1, (c.num_attention_heads, -1))
+        content, rotary = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
+        return torch.cat((content, rotate(rotary, cos.unsqueeze(-2), sin.unsqueeze(-2))), dim=-1)
+
+    def latents(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What decoding caches: normed latent and rotated shared key, [B, T, C + R]."""
+        c = self.config
+        raw = self.precision.linear(x_BTD, self.kv_a_proj)
+        latent, rotary = raw.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+        return torch.cat((self.kv_a_layernorm(latent), rotate(rotary, cos, sin)), dim=-1)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Expanded form, for training and for reading a prompt: [B, T, D] -> [B, T, D]."""
+        q_BTHK = self.queries(x_BTD, cos, sin)
+        return self.expanded(q_BTHK, self.latents(x_BTD, cos, sin), mask)
+
+    def expanded(self, q_BTHK: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention after expanding latents [B, T, C + R] into every head's keys and values."""
+        c = self.config
+        latent, rotary = latents.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+        kv = self.precision.linear(latent, self.kv_b_proj).unflatten(-1, (c.num_attention_heads, -1))
+        content, v_BTHV = kv.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
+        shared = rotary.unsqueeze(-2).expand(-1, -1, c.num_attention_heads, -1)
+        k_BTHK = torch.cat((content, shared), dim=-1)
+        out = attend(q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2), self.scale, mask)
+        return self.precision.linear(out.transpose(1, 2).flatten(-2), self.o_proj)
+
+    def absorbed(self, q_BHK: Tensor, cache_BLW: Tensor, blocked_BL: Tensor | None) -> Tensor:
+        """One new position a row against cached latents: q [B, H, N + R], cache [B, L, C + R] -> [B, D].
+
+        W^UK moves into the query and W^UV behind the weighted sum, so no head's keys or values are ever made.
+        `blocked_BL` is True at cache positions past a row's own length.
+        """
+        c = self.config
+        kv_b = self.kv_b_proj.view(c.num_attention_heads, -1, c.kv_lora_rank)
+        up_key_HNC, up_value_HVC = kv_b.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
+        content, rotary = q_BHK.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
+        absorbed = torch.bmm(content.transpose(0, 1), up_key_HNC).transpose(0, 1)
+        scores_BHL = torch.bmm(torch.cat((absorbed, rotary), dim=-1), cache_BLW.transpose(1, 2)).mul_(
+            self.scale
+        )
+        if blocked_BL is not None:
+            scores_BHL.masked_fill_(blocked_BL[:, None], float("-inf"))
+        mixed_BHC = torch.bmm(scores_BHL.softmax(-1), cache_BLW[..., : c.kv_lora_rank])
+        out = torch.bmm(mixed_BHC.transpose(0, 1), up_value_HVC.transpose(1, 2)).transpose(0, 1)
+        return self.precision.linear(out.flatten(1), self.o_proj)

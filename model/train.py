@@ -1,0 +1,204 @@
+"""The training loop: one for pretraining, extension and fine-tuning.
+
+What differs between them is data, and what each step should do: `Step` says it, a function from the run's
+position to a Step is the schedule, and everything the loop carries from step to step is in its checkpoint.
+A run that is killed and started again goes on from its last checkpoint with the same bits.
+Legend: B rows
+of a batch, T positions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.loss import cross_entropy_sum, next_token_losses
+from model.optim.build import Optimizer
+from model.transformer import Transformer
+
+
+class BatchSource(Protocol):
+    """Rows of packed tokens in a fixed order; a pure function of position, so that resuming needs only a
+    number."""
+
+    def stream(self, start: int, count: int) -> dict[str, Tensor]:
+        """`tokens` int [B, T], `segments` int [B, T] (-1 padding), `loss` uint8 [B, T] (1: counts when
+        predicted)."""
+        ...
+
+
+class CheckpointStore(Protocol):
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Any: ...
+
+    def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step does."""
+
+    rows: int
+    lr_scale: float
+    mtp_weight: float = 0.0
+    bias_speed: float = 0.0
+
+
+@dataclass
+class Position:
+    """How far a run is."""
+
+    step: int = 0
+    rows: int = 0
+    tokens: int = 0
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is not a number any more."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    balance_weight: float = 1e-4
+    """Alpha of the sequence-wise balance loss (§4.2)."""
+    micro_rows: int = 16
+    """Rows whose activations are held at once; a step of more rows accumulates gradients."""
+    mask_documents: bool = False
+    """Keep samples of a row from seeing each other: off in pretraining (§4.1), on in fine-tuning (§5.1)."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+
+
+def train(
+    model: Transformer,
+    optimizer: Optimizer,
+    source: BatchSource,
+    schedule: Callable[[Position], Step | None],
+    config: LoopConfig,
+    checkpoints: CheckpointStore,
+    log_file: Path,
+    progress: Callable[[Position, dict[str, float]], None] = lambda position, figures: None,
+    watch: Callable[[Position], dict[str, float]] | None = None,
+) -> Position:
+    """Train until `schedule` returns None; returns the final position.
+
+    `watch` may measure the model (held-out loss); it is called after each checkpoint and its figures go into
+    `log_file`, one JSON line a step. Raises TrainingDiverged when loss or gradient norm is not finite.
+    """
+    position = resume(model, optimizer, checkpoints, log_file)
+    gates = model.gates()
+    model.train()
+    with log_file.open("a") as log:
+        while (step := schedule(position)) is not None:
+            started = time.perf_counter()
+            batch = source.stream(position.rows, step.rows)
+            figures, loads = _gradients(model, batch, step, config)
+            figures["grad_norm"] = optimizer.step(step.lr_scale)
+            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+                raise TrainingDiverged(
+                    f"step {position.step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}. "
+                    "Lower the learning rate, or look at the batch that starts at row "
+                    f"{position.rows}; the last checkpoint is from before this step"
+                )
+            for gate, load in zip(gates[: len(loads)], loads, strict=True):
+                gate.nudge(load, step.bias_speed)
+            figures["max_violation"] = _max_violation(loads)
+            figures["lr_scale"] = step.lr_scale
+            position.step += 1
+            position.rows += step.rows
+            position.tokens += batch["tokens"].numel()
+            figures["tokens_per_second"] = batch["tokens"].numel() / (time.perf_counter() - started)
+            last = schedule(position) is None
+            if last or position.step % config.checkpoint_every == 0:
+                if watch is not None:
+                    figures.update(watch(position))
+                    model.train()
+                checkpoints.save(position.step, run_tensors(model, optimizer), vars(position).copy())
+            log.write(json.dumps({"step": position.step, "tokens": position.tokens, **figures}) + "\n")
+            log.flush()
+            progress(position, figures)
+    return position
+
+
+def _gradients(
+    model: Transformer, batch: dict[str, Tensor], step: Step, config: LoopConfig
+) -> tuple[dict[str, float], list[Tensor]]:
+    """Accumulate the gradients of one step; the divisor is the step's counted targets, over all
+    micro-batches."""
+    tokens_BT = batch["tokens"].long()
+    counted_BT = batch["loss"].bool()
+    rows = tokens_BT.shape[0]
+    targets = max(1, int(counted_BT[:, 1:].sum()))
+    main, ahead, balance = 0.0, 0.0, 0.0
+    loads: list[Tensor] = []
+    for start in range(0, rows, config.micro_rows):
+        part = slice(start, start + config.micro_rows)
+        segments = batch["segments"][part] if config.mask_documents else None
+        output = model(tokens_BT[part], segments, mtp=step.mtp_weight > 0)
+        losses = next_token_losses(model, output, tokens_BT[part], counted_BT[part])
+        share = tokens_BT[part].shape[0] / rows
+        mtp = torch.stack(losses.mtp).mean() if losses.mtp else losses.main.new_zeros(())
+        total = (
+            losses.main + step.mtp_weight * mtp
+        ) / targets + config.balance_weight * share * losses.balance
+        total.backward()
+        main += float(losses.main.detach()) / targets
+        ahead += float(mtp.detach()) / targets
+        balance += share * float(losses.balance.detach())
+        part_loads = [routing.load_E for routing in output.routings]
+        loads = [a + b for a, b in zip(loads, part_loads, strict=True)] if loads else part_loads
+    return {"loss": main, "mtp_loss": ahead, "balance": balance}, loads
+
+
+def _max_violation(loads: list[Tensor]) -> float:
+    """Largest relative overload of an expert in any layer: max load / mean load - 1."""
+    return max((float(load.max() / load.mean().clamp(min=1e-9)) - 1.0 for load in loads), default=0.0)
+
+
+def run_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Everything of a run that is a tensor, for its checkpoint."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return tensors | {f"optimizer.{name}": value for name, value in optimizer.state_tensors().items()}
+
+
+def resume(model: nn.Module, optimizer: Optimizer, checkpoints: CheckpointStore, log_file: Path) -> Position:
+    """Load the last checkpoint if there is one, and cut the log back to it."""
+    found = checkpoints.latest()
+    if found is None:
+        log_file.unlink(missing_ok=True)
+        return Position()
+    _, tensors, state = found
+    model.load_state_dict({k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")})
+    optimizer.load_state_tensors(
+        {k[len("optimizer.") :]: v for k, v in tensors.items() if k.startswith("optimizer.")}
+    )
+    position = Position(**state)
+    # Steps after the checkpoint were lost with the process; their log lines go too, or they would appear
+    # twice.
+    lines = log_file.read_text().splitlines() if log_file.exists() else []
+    kept = [line for line in lines[: position.step] if line.endswith("}")]
+    log_file.write_text("".join(line + "\n" for line in kept))
+    return position
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Transformer, source: BatchSource, rows: int, batch_rows: int = 16
+) -> tuple[float, int]:
+    """Mean cross-entropy in nats over counted tokens of the first `rows` rows, and how many there were."""
+    model.eval()
+    total, targets = 0.0, 0
+    for start in range(0, rows, batch_rows):
+        batch = source.stream(start, min(batch_rows, rows - start))
+        tokens_BT, counted = batch["tokens"].long(), batch["loss"].bool()[:, 1:]
+        states = model(tokens_BT).states_BTD[0][:, :-1][counted]
+        total += float(cross_entropy_sum(states, model.lm_head, tokens_BT[:, 1:][counted]))
+        targets += int(counted.sum())
+    return total / max(1, targets), targets

@@ -3,14 +3,15 @@
     python -m kernels.check [--json FILE]
 
 Each kernel is compiled as its public function launches it. It must keep within the shared memory of one
-thread block and spill no register, and a GEMM must sum each group of 128 on the FP8 tensor cores (four
-instructions of 32). This shows that the kernels compile, not that they are right: that takes their
-references, and a GPU.
+thread block, spill no register and round every operation as IEEE 754 says (no approximate division, no
+flushing of subnormals), and a GEMM must sum each group of 128 on the FP8 tensor cores (four instructions of
+32). This shows how the kernels compile, not that they are right: that takes their references, and a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,7 @@ class Compiled:
     registers: int
     stack: int
     spills: int
+    approximate: int
     wgmma: int
 
     def rows(self) -> list[Row]:
@@ -61,6 +63,7 @@ class Compiled:
         rows = [
             at_most(f"{name}: shared memory", "B", self.shared, SHARED_LIMIT),
             at_most(f"{name}: stack and spills", "", self.stack + self.spills, 0),
+            at_most(f"{name}: approximate arithmetic", "", self.approximate, 0),
             Row(f"{name}: registers a thread", "", self.registers),
         ]
         if self.case.tensor_core:
@@ -149,6 +152,7 @@ def compile_case(case: Case) -> Compiled:
         registers=registers,
         stack=stack,
         spills=sum(" STL" in line or " LDL" in line for line in sass.splitlines()),
+        approximate=len(re.findall(r"\.(?:approx|full|ftz)\b", kernel.asm["ptx"])),
         wgmma=sum("QGMMA" in line for line in sass.splitlines()),
     )
 
@@ -169,17 +173,21 @@ def _run(*command: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line. Returns 1 if a limit is broken."""
+    """Command line. Returns 1 if a limit is broken, or if the kernels cannot be compiled here."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.check", description="Compile the kernels for sm_90."
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     options = parser.parse_args(arguments)
     rows = []
-    for case in cases():
-        found = compile_case(case).rows()
-        print(show(found), flush=True)
-        rows += found
+    try:
+        for case in cases():
+            found = compile_case(case).rows()
+            print(show(found), flush=True)
+            rows += found
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
     if options.json:
         write(options.json, rows)
     failed = [row.name for row in rows if row.holds is False]

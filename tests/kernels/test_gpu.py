@@ -1,0 +1,93 @@
+"""The Triton kernels on a GPU against the references on the CPU: codes and scales bit for bit."""
+
+import pytest
+import torch
+
+from kernels.gemm import gemm
+from kernels.linear import fp8_linear
+from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
+from kernels.quantize import BLOCKS, TILES, dequantize, quantize_blocks, quantize_tiles
+
+
+def _why_not() -> str:
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if torch.cuda.get_device_capability() < (8, 9):
+        return "needs a GPU with E4M3 instructions (compute capability 8.9)"
+    return ""
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "runs here")]
+QUANTIZERS = {TILES: quantize_tiles, BLOCKS: quantize_blocks}
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [TILES, BLOCKS])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 129), (129, 127), (300, 1000), (1024, 2048)])
+def test_codes_and_scales_are_those_of_the_reference(shape, block, dtype, power_of_two) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = 10.0 ** torch.randint(-12, 12, (shape[0], 1), generator=generator)
+    x = (torch.randn(shape, generator=generator) * sizes).to(dtype)
+    x[torch.rand(shape, generator=generator) < 0.05] = 0
+    x[0, :128] = 0
+    x[-1, -1] = 2.0**-130
+    for source in (x, x.t()):
+        found = QUANTIZERS[block](source.cuda(), power_of_two=power_of_two)
+        expected = QUANTIZERS[block](source, power_of_two=power_of_two)
+        assert torch.equal(found.scales.cpu(), expected.scales)
+        assert torch.equal(found.codes.cpu().view(torch.uint8), expected.codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("block", [TILES, BLOCKS])
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_surface(bad, block) -> None:
+    x = torch.randn(200, 300, generator=torch.Generator().manual_seed(1))
+    x[150, 140] = bad
+    found, expected = QUANTIZERS[block](x.cuda()), QUANTIZERS[block](x)
+    assert torch.equal(found.codes.cpu().view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(found.scales.isnan().cpu(), expected.scales.isnan())
+
+
+def test_every_midpoint_rounds_to_even() -> None:
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (values[1:] + values[:-1]) / 2
+    x = torch.stack([torch.cat([values[-1:], middle]), -torch.cat([values[-1:], middle])])
+    found, expected = quantize_tiles(x.cuda()), quantize_tiles(x)
+    assert torch.equal(found.codes.cpu().view(torch.uint8), expected.codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("block", [TILES, BLOCKS])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 1, 1), (1, 256, 128), (7, 129, 200), (129, 7, 385), (1500, 520, 1024), (256, 512, 7168)],
+)
+def test_gemm_error_against_float64(m, n, k, block) -> None:
+    generator = torch.Generator().manual_seed(2)
+    a = quantize_tiles(torch.randn(m, k, generator=generator).cuda())
+    b = QUANTIZERS[block](torch.randn(n, k, generator=generator).cuda())
+    exact = dequantize(a).double() @ dequantize(b).double().t()
+    assert relative_error(gemm(a, b), exact) < MAX_ERROR_FP32
+    assert relative_error(gemm(a, b, torch.bfloat16), exact) < MAX_ERROR_BF16
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 300])
+def test_linear_is_that_of_the_cpu(tokens) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, 384, generator=generator)
+    weight, dy = torch.randn(200, 384, generator=generator), torch.randn(tokens, 200, generator=generator)
+    results = []
+    for device in ("cuda", "cpu"):
+        leaves = (x.to(device).requires_grad_(), weight.to(device).requires_grad_())
+        y = fp8_linear(*leaves)
+        results.append((y, *torch.autograd.grad(y, leaves, dy.to(device))))
+    for found, expected in zip(*results, strict=True):
+        assert found.shape == expected.shape
+        assert relative_error(found.cpu(), expected) < MAX_ERROR_FP32
+
+
+def test_tensors_on_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x = torch.randn(64, 256, device="cuda:1")
+    assert relative_error(dequantize(quantize_tiles(x)), x) < 0.04

@@ -25,11 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def source_file(function: Callable[..., Any]) -> Path:
     """The file that defines a function; HeadwaterError when it has none (typed at a prompt, compiled)."""
     try:
-        return Path(inspect.getsourcefile(inspect.unwrap(function)) or "").resolve(strict=True)
-    except (TypeError, OSError):
-        raise HeadwaterError(
-            f"{function!r}: a stage's run function must be defined in a source file"
-        ) from None
+        name = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        name = None
+    if not name or not Path(name).is_file():
+        raise HeadwaterError(f"{function!r}: a stage's run function must be defined in a source file")
+    return Path(name).resolve()
 
 
 def module_digests(entry: Path, root: Path = ROOT) -> dict[str, str]:

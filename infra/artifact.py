@@ -59,9 +59,11 @@ class Artifact:
         Raises HeadwaterError when the record lists no such file, CorruptArtifact when the file has gone
         missing.
         """
-        listed = self.names()
-        if name not in listed:
-            raise HeadwaterError(f"{self.ref} holds no file {name!r}; {nearest(name, listed)}")
+        if not any(entry.path == name for entry in (*self.record.files, *self.record.side_files)):
+            raise HeadwaterError(f"{self.ref} holds no file {name!r}; {nearest(name, self.names())}")
+        return self._present(name)
+
+    def _present(self, name: str) -> Path:
         path = self.path / name
         if not path.is_file():
             raise CorruptArtifact(
@@ -79,7 +81,7 @@ class Artifact:
             raise HeadwaterError(
                 f"{self.ref} holds no file that matches {pattern!r}; {nearest(pattern, self.names())}"
             )
-        return [self.file(name) for name in found]
+        return [self._present(name) for name in found]
 
     def folder(self, name: str) -> Path:
         """The path of a sub-folder of the artifact that holds at least one listed file."""

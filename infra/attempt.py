@@ -186,6 +186,8 @@ class Attempt:
             atomic_write_json(path, [[one.path, one.bytes, one.sha256] for one in sorted(self.sources)])
         logs = self.payload / "logs"
         logs.mkdir(exist_ok=True)
+        # What is said from here on goes to whoever watches, no longer into the artifact.
+        self.say.file = None
         shutil.copyfile(self.folder / _LOG, logs / _LOG)
         if (self.payload / RECORD).exists():
             raise BuildError(f"{self.stage.name}: it wrote a {RECORD} of its own; write under another name")

@@ -156,6 +156,8 @@ def _build(
         with interrupts(work):
             artifact = work.run()
     note_published(store, artifact)
+    if made.hit is not None and made.hit.digest != artifact.digest:
+        _tell_difference(made, artifact, say)
     return BuildResult(artifact, "resumed" if work.resumed else "built", time.monotonic() - began)
 
 
@@ -167,6 +169,22 @@ def _cached(artifact: Artifact, changed: Sequence[str], say: Say, began: float) 
             "warning",
         )
     return BuildResult(artifact, "cached", time.monotonic() - began)
+
+
+def _tell_difference(made: Plan, artifact: Artifact, say: Say) -> None:
+    """Say that a new attempt came out differently, in which files, and what is known of the reason."""
+    assert made.hit is not None
+    before = {entry.path: entry.sha256 for entry in made.hit.record.files}
+    now = {entry.path: entry.sha256 for entry in artifact.record.files}
+    files = sorted(path for path in {*before, *now} if before.get(path) != now.get(path))
+    listed = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+    if made.drift:
+        reason = f"code changed: {', '.join(made.drift)}"
+    elif made.hit.record.environment["numerics"] != artifact.record.environment["numerics"]:
+        reason = "the numerics class (device, threads, versions) is another"
+    else:
+        reason = "same code, same numerics class: the stage is not deterministic"
+    say(f"{artifact.ref} differs from {made.hit.ref} in {listed} ({reason})", "warning")
 
 
 def _sweep(store: Store, stage: Stage, made: Plan) -> None:

@@ -118,7 +118,17 @@ def disk_full_told(folder: Path, doing: str) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error, folder):
             raise
-        raise DiskFull(_disk_full_message(folder, doing)) from error
+        raise DiskFull(_disk_full_message(_full_folder(error, folder), doing)) from error
+
+
+def _full_folder(error: BaseException, otherwise: Path) -> Path:
+    """The folder whose disk is full, where the error names a file (it may be a temporary one elsewhere)."""
+    for one in chain(error):
+        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) and one.filename:
+            path = Path(os.fsdecode(one.filename))
+            if path.is_absolute():
+                return path.parent
+    return otherwise
 
 
 def _disk_full_message(folder: Path, doing: str) -> str:

@@ -90,7 +90,8 @@ def require_intact(artifacts: Sequence[Artifact]) -> None:
     """Re-hash artifacts that are about to be read; CorruptArtifact naming artifact and file if anything is
     off.
     """
-    problems = [problem for artifact in artifacts for problem in file_problems(artifact)]
+    once = {artifact.path: artifact for artifact in artifacts}.values()
+    problems = [problem for artifact in once for problem in file_problems(artifact)]
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems[:10])
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""

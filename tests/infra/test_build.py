@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -279,6 +280,19 @@ def test_a_failing_stage_publishes_nothing_and_keeps_its_scratch(store: Store, h
     assert done.status == "resumed"
     assert len(done.artifact.record.tries) == 3
     assert done.artifact.file("logs/stage.log").read_text().count("about to fail") == 3
+
+
+def test_an_attempt_that_comes_out_differently_is_told(store: Store, heard: Heard) -> None:
+    def run(config: StageConfig, context: StageContext) -> None:
+        context.write_json("same.json", 1)
+        context.write_json("clock.json", time.monotonic_ns())
+
+    first = build(store, toy(run), StageConfig(), {}).artifact
+    again = build(store, toy(run), StageConfig(), {}, force=True, events=heard).artifact
+    assert heard.messages("warning") == [
+        f"{again.ref} differs from {first.ref} in clock.json "
+        "(same code, same numerics class: the stage is not deterministic)"
+    ]
 
 
 def test_scratch_of_other_code_is_resumed_with_a_warning_or_dropped_on_refresh(

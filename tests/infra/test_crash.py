@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from infra.artifact import Artifact
+from infra.errors import DiskFull, disk_full_told
 from infra.faults import POINTS
 from infra.store import Store, open_store
 from infra.verify import verify
@@ -147,6 +149,20 @@ def test_stopped_says_how_to_resume_and_resumes(
     assert store.ids("train") == []
     again = forging.run(tmp_path, "train", config=TRAIN, **job)
     assert (again["status"], again["digest"]) == ("resumed", uninterrupted)
+
+
+def test_the_disk_that_is_full_is_the_one_named(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull, match=f"no space left while sorting: {tmp_path}/spill has "):
+        with disk_full_told(tmp_path, "sorting"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "spill" / "1.tmp"))
+    # Libraries written in Rust and C++ keep the text and lose the number.
+    with pytest.raises(DiskFull, match=f"no space left while saving: {tmp_path} has "):
+        with disk_full_told(tmp_path, "saving"):
+            raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(RuntimeError, match="PytorchStreamWriter"), disk_full_told(tmp_path, "saving"):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+    with pytest.raises(OSError, match="Permission"), disk_full_told(tmp_path, "saving"):
+        raise OSError(errno.EACCES, "Permission denied")
 
 
 def check_disk_full(ended: dict[str, object], home: Path) -> None:

@@ -7,11 +7,14 @@ configurations, the command line and Prefect forms can nest the same class. Fiel
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from infra.errors import HeadwaterError
 
-class ModelConfigError(ValueError):
+
+class ModelConfigError(HeadwaterError, ValueError):
     """A size that does not fit the others; the message names the field and the nearest value that fits."""
 
 
@@ -62,7 +65,10 @@ class ModelConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             zero_allowed = f.name in ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts")
-            if isinstance(value, (int, float)) and (value < 0 or (value == 0 and not zero_allowed)):
+            kind, word = (int, "a whole number") if f.type == "int" else ((int, float), "a number")
+            if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+                raise ModelConfigError(f"model.{f.name} is {value!r}: it must be {word}")
+            if value < 0 or (value == 0 and not zero_allowed):
                 raise ModelConfigError(f"model.{f.name} is {value}: it must be positive")
         if self.qk_rope_head_dim % 2:
             raise ModelConfigError(
@@ -87,7 +93,11 @@ class ModelConfig:
         if self.num_experts_per_tok > reachable:
             raise ModelConfigError(
                 f"model.num_experts_per_tok is {self.num_experts_per_tok}, but node-limited routing "
-                f"leaves only {reachable} experts to choose from: raise topk_group or lower num_experts_per_tok"
+                f"leaves only {reachable} experts to choose from: raise topk_group or lower it"
+            )
+        if self.beta_fast <= self.beta_slow:
+            raise ModelConfigError(
+                f"model.beta_fast ({self.beta_fast}) must exceed model.beta_slow ({self.beta_slow})"
             )
         if self.rope_factor < 1.0:
             raise ModelConfigError(

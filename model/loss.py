@@ -21,8 +21,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of -log p(target); the gradient is made in the forward pass, chunk by chunk, while logits exist."""
 
     @staticmethod
-    def forward(ctx: Any, states_SD: Tensor, head_OD: Tensor, targets_S: Tensor) -> Tensor:
-        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx: Any, states_SD: Tensor, head_OD: Tensor, targets_S: Tensor, need: bool) -> Tensor:
         total = states_SD.new_zeros((), dtype=torch.float32)
         grad_states = torch.empty_like(states_SD) if need else None
         grad_head = torch.zeros_like(head_OD, dtype=torch.float32) if need else None
@@ -42,15 +41,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_states, grad_head = ctx.saved_tensors
-        return grad_states * grad.to(grad_states.dtype), (grad_head * grad).to(ctx.head_dtype), None
+        return grad_states * grad.to(grad_states.dtype), (grad_head * grad).to(ctx.head_dtype), None, None
 
 
 def cross_entropy_sum(states_SD: Tensor, head_OD: Tensor, targets_S: Tensor) -> Tensor:
     """Sum over positions of the cross-entropy of states @ head.T against targets, in nats (float32
     scalar)."""
-    return _LinearCrossEntropy.apply(states_SD, head_OD, targets_S)
+    # Inside a Function gradients look wanted even under no_grad, so whether they are is decided out here.
+    need = torch.is_grad_enabled() and (states_SD.requires_grad or head_OD.requires_grad)
+    return _LinearCrossEntropy.apply(states_SD, head_OD, targets_S, need)
 
 
 @dataclass
@@ -63,16 +64,25 @@ class Losses:
     targets: int
 
 
-def next_token_losses(model: Transformer, output: Output, tokens_BT: Tensor, counted_BT: Tensor) -> Losses:
+def next_token_losses(
+    model: Transformer,
+    output: Output,
+    tokens_BT: Tensor,
+    counted_BT: Tensor,
+    segments_BT: Tensor | None = None,
+) -> Losses:
     """Losses of every depth. `counted_BT` (bool) marks tokens that count when they are predicted.
 
     Depth k predicts token i+k+1 from position i. All depths share the main divisor: the report divides by
-    T, not by the T-k terms there are (equation 24).
+    T, not by the T-k terms there are (equation 24). With `segments_BT`, nothing is predicted across the
+    boundary of two samples.
     """
     sums, targets = [], 0
     for depth, states in enumerate(output.states_BTD):
         shift = depth + 1
         keep = counted_BT[:, shift:]
+        if segments_BT is not None:
+            keep = keep & (segments_BT[:, shift:] == segments_BT[:, :-shift])
         picked = states[:, : tokens_BT.shape[1] - shift][keep]
         sums.append(cross_entropy_sum(picked, model.lm_head, tokens_BT[:, shift:][keep]))
         targets = int(keep.sum()) if depth == 0 else targets

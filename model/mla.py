@@ -77,7 +77,7 @@ class MultiHeadLatentAttention(nn.Module):
         `blocked_BL` is True at cache positions past a row's own length.
         """
         c = self.config
-        kv_b = self.kv_b_proj.view(c.num_attention_heads, -1, c.kv_lora_rank)
+        kv_b = self.kv_b_proj.to(q_BHK.dtype).view(c.num_attention_heads, -1, c.kv_lora_rank)
         up_key_HNC, up_value_HVC = kv_b.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
         content, rotary = q_BHK.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
         absorbed = torch.bmm(content.transpose(0, 1), up_key_HNC).transpose(0, 1)
@@ -86,6 +86,7 @@ class MultiHeadLatentAttention(nn.Module):
         )
         if blocked_BL is not None:
             scores_BHL.masked_fill_(blocked_BL[:, None], float("-inf"))
-        mixed_BHC = torch.bmm(scores_BHL.softmax(-1), cache_BLW[..., : c.kv_lora_rank])
+        probs_BHL = scores_BHL.softmax(-1, dtype=torch.float32).to(cache_BLW.dtype)
+        mixed_BHC = torch.bmm(probs_BHL, cache_BLW[..., : c.kv_lora_rank])
         out = torch.bmm(mixed_BHC.transpose(0, 1), up_value_HVC.transpose(1, 2)).transpose(0, 1)
         return self.precision.linear(out.flatten(1), self.o_proj)

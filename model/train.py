@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from infra.errors import HeadwaterError
 from model.loss import cross_entropy_sum, next_token_losses
 from model.optim.build import Optimizer
 from model.transformer import Transformer
@@ -60,7 +63,7 @@ class Position:
     tokens: int = 0
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(HeadwaterError):
     """The loss or the gradient is not a number any more."""
 
 
@@ -89,7 +92,7 @@ def train(
 ) -> Position:
     """Train until `schedule` returns None; returns the final position.
 
-    `watch` may measure the model (held-out loss); it is called after each checkpoint and its figures go into
+    `watch` may measure the model (held-out loss); it is called at each checkpoint and its figures go into
     `log_file`, one JSON line a step. Raises TrainingDiverged when loss or gradient norm is not finite.
     """
     position = resume(model, optimizer, checkpoints, log_file)
@@ -116,13 +119,15 @@ def train(
             position.tokens += batch["tokens"].numel()
             figures["tokens_per_second"] = batch["tokens"].numel() / (time.perf_counter() - started)
             last = schedule(position) is None
-            if last or position.step % config.checkpoint_every == 0:
-                if watch is not None:
-                    figures.update(watch(position))
-                    model.train()
-                checkpoints.save(position.step, run_tensors(model, optimizer), vars(position).copy())
+            keep = last or position.step % config.checkpoint_every == 0
+            if keep and watch is not None:
+                figures.update(watch(position))
+                model.train()
+            # Before the checkpoint: a process killed between the two writes this line again when it resumes.
             log.write(json.dumps({"step": position.step, "tokens": position.tokens, **figures}) + "\n")
             log.flush()
+            if keep:
+                checkpoints.save(position.step, run_tensors(model, optimizer), vars(position).copy())
             progress(position, figures)
     return position
 
@@ -132,17 +137,22 @@ def _gradients(
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Accumulate the gradients of one step; the divisor is the step's counted targets, over all
     micro-batches."""
-    tokens_BT = batch["tokens"].long()
-    counted_BT = batch["loss"].bool()
+    device = model.embed_tokens.device
+    tokens_BT = batch["tokens"].to(device).long()
+    counted_BT = batch["loss"].to(device).bool()
+    segments_BT = batch["segments"].to(device) if config.mask_documents else None
+    if segments_BT is not None:
+        # Nothing in its own sample predicts a sample's first token.
+        counted_BT = counted_BT & F.pad(segments_BT[:, 1:] == segments_BT[:, :-1], (1, 0))
     rows = tokens_BT.shape[0]
     targets = max(1, int(counted_BT[:, 1:].sum()))
     main, ahead, balance = 0.0, 0.0, 0.0
     loads: list[Tensor] = []
     for start in range(0, rows, config.micro_rows):
         part = slice(start, start + config.micro_rows)
-        segments = batch["segments"][part] if config.mask_documents else None
+        segments = None if segments_BT is None else segments_BT[part]
         output = model(tokens_BT[part], segments, mtp=step.mtp_weight > 0)
-        losses = next_token_losses(model, output, tokens_BT[part], counted_BT[part])
+        losses = next_token_losses(model, output, tokens_BT[part], counted_BT[part], segments)
         share = tokens_BT[part].shape[0] / rows
         mtp = torch.stack(losses.mtp).mean() if losses.mtp else losses.main.new_zeros(())
         total = (
@@ -181,11 +191,20 @@ def resume(model: nn.Module, optimizer: Optimizer, checkpoints: CheckpointStore,
     )
     position = Position(**state)
     # Steps after the checkpoint were lost with the process; their log lines go too, or they would appear
-    # twice.
+    # twice. Replaced in one step, so that a process killed here loses none of the older lines.
     lines = log_file.read_text().splitlines() if log_file.exists() else []
-    kept = [line for line in lines[: position.step] if line.endswith("}")]
-    log_file.write_text("".join(line + "\n" for line in kept))
+    shortened = log_file.with_name(log_file.name + ".tmp")
+    shortened.write_text("".join(line + "\n" for line in lines if _step_of(line) <= position.step))
+    os.replace(shortened, log_file)
     return position
+
+
+def _step_of(line: str) -> float:
+    """The step that a log line is about; a line that was torn when its process died is after every step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 @torch.no_grad()
@@ -194,10 +213,11 @@ def held_out_loss(
 ) -> tuple[float, int]:
     """Mean cross-entropy in nats over counted tokens of the first `rows` rows, and how many there were."""
     model.eval()
+    device = model.embed_tokens.device
     total, targets = 0.0, 0
     for start in range(0, rows, batch_rows):
         batch = source.stream(start, min(batch_rows, rows - start))
-        tokens_BT, counted = batch["tokens"].long(), batch["loss"].bool()[:, 1:]
+        tokens_BT, counted = batch["tokens"].to(device).long(), batch["loss"].to(device).bool()[:, 1:]
         states = model(tokens_BT).states_BTD[0][:, :-1][counted]
         total += float(cross_entropy_sum(states, model.lm_head, tokens_BT[:, 1:][counted]))
         targets += int(counted.sum())

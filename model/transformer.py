@@ -58,15 +58,18 @@ class Transformer(nn.Module):
                     parameter.normal_(0.0, self.config.initializer_range, generator=generator)
                 else:
                     parameter.fill_(1.0)
+            for gate in self.gates():
+                gate.e_score_correction_bias.zero_()
         return self
 
     def rotation(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin) of the first `length` positions, [length, R/2]; computed once and grown when needed."""
-        if self._tables is None or self._tables[0].shape[0] < length:
+        device = self.embed_tokens.device
+        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
             size = max(length, self.config.original_max_position_embeddings)
             # A table first needed while generating must still serve training later.
             with torch.inference_mode(False):
-                self._tables = rotation_table(self.config, size, self.embed_tokens.device)
+                self._tables = rotation_table(self.config, size, device)
         cos, sin = self._tables
         return cos[:length], sin[:length]
 

@@ -47,7 +47,7 @@ class Engine:
     ) -> None:
         self.model = model.eval()
         self.context = context or model.config.max_position_embeddings
-        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long)
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.embed_tokens.device)
         self.max_rows = max_rows
 
     @torch.inference_mode()
@@ -91,7 +91,7 @@ class _Batch:
     def __init__(self, model: Transformer) -> None:
         self.model = model
         c = model.config
-        device = model.embed_tokens.device
+        device = self.device = model.embed_tokens.device
         dtype = model.precision.activation_dtype
         self.rows: list[int] = []
         self.caches = [torch.empty(0, 0, c.latent_dim, device=device, dtype=dtype) for _ in model.layers]
@@ -104,21 +104,21 @@ class _Batch:
         """Read the prompts, each distinct one once, and add their rows."""
         distinct = sorted({r.prompt for r in requests}, key=lambda p: (-len(p), p))
         place = {prompt: i for i, prompt in enumerate(distinct)}
-        expand = torch.tensor([place[r.prompt] for r in requests])
-        lengths = torch.tensor([len(p) for p in distinct])
+        expand = torch.tensor([place[r.prompt] for r in requests], device=self.device)
+        lengths = torch.tensor([len(p) for p in distinct], device=self.device)
         caches, logits = self._prefill(distinct, lengths)
         new_lengths = lengths[expand]
         self.caches = [_stack(old, new[expand]) for old, new in zip(self.caches, caches, strict=True)]
         self.logits_BO = torch.cat((self.logits_BO, logits[expand]))
         self.lengths_B = torch.cat((self.lengths_B, new_lengths))
         self.made_B = torch.cat((self.made_B, torch.zeros_like(new_lengths)))
-        self.seeds_B = torch.cat((self.seeds_B, torch.tensor([r.seed for r in requests])))
+        self.seeds_B = torch.cat((self.seeds_B, torch.tensor([r.seed for r in requests], device=self.device)))
         self.rows += rows
 
     def _prefill(self, prompts: list[tuple[int, ...]], lengths: Tensor) -> tuple[list[Tensor], Tensor]:
         """Latents and last-position logits of right-padded prompts: causal masking hides the padding."""
         longest = int(lengths.max())
-        tokens_BT = torch.tensor([[*p, *([0] * (longest - len(p)))] for p in prompts])
+        tokens_BT = torch.tensor([[*p, *([0] * (longest - len(p)))] for p in prompts], device=self.device)
         cos, sin = self.model.rotation(longest)
         x = F.embedding(tokens_BT, self.model.embed_tokens).to(self.model.precision.activation_dtype)
         caches = []
@@ -128,7 +128,7 @@ class _Batch:
             x = x + layer.self_attn.expanded(layer.self_attn.queries(normed, cos, sin), latents, None)
             x, _ = layer.feed_forward(x)
             caches.append(latents)
-        last = x[torch.arange(len(prompts)), lengths - 1]
+        last = x[torch.arange(len(prompts), device=self.device), lengths - 1]
         return caches, self.model.logits(self.model.norm(last))
 
     def sample(self, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -162,9 +162,9 @@ class _Batch:
             # Grown in steps, so that copying is rare.
             self.caches = [F.pad(cache, (0, 0, 0, longest + 31 - cache.shape[1])) for cache in self.caches]
         cos, sin = (table[self.lengths_B] for table in self.model.rotation(longest))
-        blocked_BL = torch.arange(longest) > self.lengths_B[:, None]
+        blocked_BL = torch.arange(longest, device=self.device) > self.lengths_B[:, None]
         blocked = blocked_BL if bool(blocked_BL.any()) else None
-        every = torch.arange(len(self.rows))
+        every = torch.arange(len(self.rows), device=self.device)
         x = F.embedding(tokens_B, self.model.embed_tokens).to(self.model.precision.activation_dtype)
         for layer, cache in zip(self.model.layers, self.caches, strict=True):
             normed = layer.input_layernorm(x)

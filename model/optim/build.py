@@ -94,7 +94,7 @@ class Optimizer:
             name, _, field = key.rpartition(".")
             if name not in names:
                 raise ValueError(f"optimizer state for {name!r}, which this model does not have")
-            states[id(by_name[name])][field] = tensor.clone()
+            states[id(by_name[name])][field] = tensor.to(by_name[name].device, copy=True)
 
     def _entries(self) -> Iterator[tuple[str, str, Tensor]]:
         names = {id(p): name for name, p in self.named}

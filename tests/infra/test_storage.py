@@ -22,9 +22,9 @@ from infra.storage import LocalStorage
 with LocalStorage(Path(sys.argv[1])).lock("x"):
     child = os.fork()
     if child == 0:
+        print(os.getpid(), flush=True)
         time.sleep(30)
         os._exit(0)
-    print(child, flush=True)
     time.sleep(30)
 """
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Nothing phones home, the pages show no offers, and a run whose process vanished is noticed within minutes
-# (at the default heartbeat of 180 s a healthy run can be taken for a dead one).
+# Nothing phones home, and the pages show no offers.
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_CLI_PROMPT": "false",
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
 
@@ -28,12 +26,30 @@ def folder(home: Path) -> Path:
     return path
 
 
-def environment(home: Path, api_url: str = "") -> dict[str, str]:
-    """The environment variables for a process that talks to the server at `api_url`, or is that server."""
-    settings = {"PREFECT_HOME": str(folder(home)), "HEADWATER_HOME": str(home.resolve()), **_QUIET}
-    return settings | ({"PREFECT_API_URL": api_url} if api_url else {})
+# A run whose process vanished is noticed by its missing heartbeats (see flows.deploy). At Prefect's default
+# of 180 s between them a healthy run can be taken for a dead one.
+_LASTING = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
 
 
-def enter(home: Path, api_url: str) -> None:
-    """Give this process those settings. Call it before the first import of Prefect."""
-    os.environ.update(environment(home, api_url))
+def environment(home: Path, api_url: str, lasting: bool) -> dict[str, str]:
+    """The variables for a process that talks to the server at `api_url`, or is that server.
+
+    lasting: the server goes on after a run, so its addresses mean something later.
+    """
+    settings = {
+        "PREFECT_HOME": str(folder(home)),
+        "HEADWATER_HOME": str(home.resolve()),
+        "PREFECT_API_URL": api_url,
+        **_QUIET,
+    }
+    return settings | ({**_LASTING, "PREFECT_UI_URL": api_url.removesuffix("/api")} if lasting else {})
+
+
+def enter(home: Path, api_url: str, lasting: bool, console: bool = True) -> None:
+    """Give this process those settings; call it before the first import of Prefect.
+
+    Without `console` Prefect's log goes to the server alone, for a command that prints its own lines.
+    """
+    os.environ.update(environment(home, api_url, lasting))
+    if not console:
+        os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"

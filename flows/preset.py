@@ -130,10 +130,10 @@ def load(name_or_path: str, sets: Sequence[str] = ()) -> Preset:
     if not raw:
         raise ConfigError(f"{where}: nodes: a preset needs at least one node")
     defaults = dict(_mapping(document.get("defaults"), f"{where}: defaults"))
-    settings = [_setting(text) for text in sets]
+    settings = read_settings(sets)
     for path, value, text in settings:
         if path[0] == "defaults":
-            _assign(defaults, path[1:], value, text)
+            assign(defaults, path[1:], value, text)
         elif path[0] not in raw:
             raise ConfigError(f"--set {text}: preset {name} has no node {path[0]!r}; {nearest(path[0], raw)}")
     nodes = {}
@@ -193,7 +193,7 @@ def _node(
     resolved = validate(stage.config, config, f"{place}.config")
     if sets:
         for path, value, text in sets:
-            _assign(config, path, value, text)
+            assign(config, path, value, text)
         texts = ", ".join(text for _, _, text in sets)
         resolved = validate(stage.config, config, f"--set {texts}: {name}")
     return Node(name, stage, _inputs(body.get("inputs"), stage, place), resolved)
@@ -272,6 +272,11 @@ def _sorted(nodes: Mapping[str, Node], where: str) -> dict[str, Node]:
     return done
 
 
+def read_settings(sets: Sequence[str]) -> list[tuple[list[str], Any, str]]:
+    """`node.field.sub=value` texts as (path, value, text); the value is YAML."""
+    return [_setting(text) for text in sets]
+
+
 def _setting(text: str) -> tuple[list[str], Any, str]:
     name, equals, value = text.partition("=")
     path = name.strip().split(".")
@@ -280,7 +285,7 @@ def _setting(text: str) -> tuple[list[str], Any, str]:
     return path, read_yaml(value, f"--set {text}"), text
 
 
-def _assign(config: dict[str, Any], path: Sequence[str], value: Any, text: str) -> None:
+def assign(config: dict[str, Any], path: Sequence[str], value: Any, text: str) -> None:
     """Set one nested value in what the YAML gave; the config class judges the result."""
     here: Any = config
     for index, part in enumerate(path):

@@ -80,7 +80,7 @@ class Pipeline:
         self.outcomes: dict[str, Outcome] = {}
         self.wanted = self._wanted()
         self.cores = hardware.available_cores()
-        self.parallel = self.options.parallel or preset.parallel or min(self.cores, _width(preset))
+        self.parallel = self.options.parallel or places(preset)
         self._began = time.monotonic()
         self._weights: dict[str, float] = {}
         self._why: dict[str, tuple[str, ...]] = {}
@@ -271,7 +271,7 @@ class Pipeline:
         return self.preset.nodes[name].parents
 
     def _cost(self, name: str) -> int:
-        """How many of the `parallel` places a node takes: more than one if its config asks for more threads."""
+        """How many of the `parallel` places a node takes: more than one if it asks for more threads."""
         share = max(1, self.cores // self.parallel)
         return min(self.parallel, math.ceil((self.preset.nodes[name].config.threads or share) / share))
 
@@ -300,9 +300,41 @@ def figure(result: Result, node: str, metric: str) -> float:
     return float(value)
 
 
-def _width(preset: Preset) -> int:
-    """How many nodes can run side by side at most, by how deep in the graph they lie."""
+def explain(store: Store, preset: Preset, name: str) -> list[str]:
+    """Whether a node would be built, and why; if it must wait, for which nodes, and why those."""
+    wanted = preset.node(name).name
+    found: dict[str, Artifact] = {}
+    lines = []
+    for node in preset.nodes.values():
+        if node.name not in preset.ancestors([wanted]):
+            continue
+        if not all(parent in found for parent in node.parents):
+            waits = ", ".join(parent for parent in node.parents if parent not in found)
+            lines.append(f"{node.name}: to be built after {waits}")
+            continue
+        inputs = {
+            role: tuple(store.resolve(one[1:]) if one[0] == "@" else found[one] for one in names)
+            for role, names in node.inputs.items()
+        }
+        plan = build.plan(store, node.stage, node.config, inputs)
+        if plan.hit is None:
+            lines += [f"{node.name}: {reason}" for reason in ((plan.problem,) if plan.problem else plan.why)]
+        else:
+            found[node.name] = plan.hit
+            if node.name == wanted:
+                lines.append(f"{node.name}: in the store as {plan.hit.ref}, nothing to build")
+            if plan.drift:
+                changed = ", ".join(plan.drift)
+                lines.append(
+                    f"{node.name}: code has changed since it was built: {changed} (--refresh rebuilds)"
+                )
+    return lines
+
+
+def places(preset: Preset) -> int:
+    """How many nodes run at once: what the preset says, else its width in the graph, up to the cores."""
     depth: dict[str, int] = {}
     for node in preset.nodes.values():
         depth[node.name] = 1 + max((depth[parent] for parent in node.parents), default=0)
-    return max(list(depth.values()).count(level) for level in set(depth.values()))
+    widest = max(list(depth.values()).count(level) for level in set(depth.values()))
+    return preset.parallel or min(hardware.available_cores(), widest)

@@ -49,10 +49,10 @@ def serve(home: Path, port: int = 0, services: bool = True) -> Iterator[Server]:
     with the end of its log.
     """
     port = port or free_port()
-    log = prefect_home.folder(home) / f"server-{port}.log"
+    log = prefect_home.folder(home) / ("server.log" if services else "run-server.log")
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     url = f"http://{HOST}:{port}"
-    environment = prefect_home.environment(home, f"{url}/api")
+    environment = prefect_home.environment(home, f"{url}/api", lasting=services)
     process = leash.start(command + ([] if services else ["--no-services", "--no-ui"]), environment, log)
     try:
         _wait(process, f"{url}/api", log)
@@ -100,10 +100,8 @@ def announce(home: Path, server_port: int) -> Iterator[None]:
     """
     folder = prefect_home.folder(home)
     with (folder / "up.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise HeadwaterError(f"`headwater up` is running already for {home}: {running(home)}") from None
+        if not _locked(lock.fileno()):
+            raise HeadwaterError(f"`headwater up` is running already for {home}: {running(home)}")
         atomic_write_json(
             folder / "up.json",
             {"api_url": f"http://{HOST}:{server_port}/api", "pid": os.getpid()},
@@ -113,6 +111,18 @@ def announce(home: Path, server_port: int) -> Iterator[None]:
             yield
         finally:
             (folder / "up.json").unlink(missing_ok=True)
+
+
+def _locked(handle: int) -> bool:
+    """Take the lock; somebody who only looks holds it for an instant, so try for a moment."""
+    for _ in range(10):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False
 
 
 def running(home: Path) -> str:

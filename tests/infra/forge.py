@@ -100,11 +100,13 @@ class Job:
         log = Path(f"{self.result}.log")
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
-    def until(self, kind: str) -> None:
-        """Wait for the first event of a kind."""
-        end = time.monotonic() + 30
-        while not any(event["event"] == kind for event in self.events()):
-            assert time.monotonic() < end, f"no {kind} event within 30 s"
+    def until(self, text: str) -> None:
+        """Wait for the first event whose kind or message starts with a text."""
+        end = time.monotonic() + 60
+        while not any(
+            event["event"] == text or event.get("message", "").startswith(text) for event in self.events()
+        ):
+            assert time.monotonic() < end, f"no event {text!r} within 60 s"
             time.sleep(0.005)
 
     def wait(self) -> dict[str, Any]:

@@ -112,25 +112,22 @@ def test_twenty_kills_at_random_moments(forging: Forge, tmp_path: Path, uninterr
         finished += 1
 
 
-def test_two_at_once_build_once(forging: Forge, tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_two_at_once_build_once(force: bool, forging: Forge, tmp_path: Path) -> None:
     store = prepare(forging, tmp_path)
-    job = {"config": {"steps": 8, "every": 2, "pause": 0.03}, "inputs": {"words": [words_ref(store)]}}
-    running = [forging.start(tmp_path, "train", **job) for _ in range(2)]
-    ended = [one.wait() for one in running]
-    assert sorted(one["status"] for one in ended) == ["built", "cached"]
-    assert len({one["ref"] for one in ended}) == 1
-    said = [event.get("message", "") for one in running for event in one.events()]
-    assert any(message.startswith("waiting for process") for message in said)
-
-
-def test_two_forced_at_once_make_one_new_attempt(forging: Forge, tmp_path: Path) -> None:
-    store = prepare(forging, tmp_path)
-    job = {"config": {"steps": 8, "every": 2, "pause": 0.03}, "inputs": {"words": [words_ref(store)]}}
-    first = forging.run(tmp_path, "train", **job)
-    running = [forging.start(tmp_path, "train", force=True, **job) for _ in range(2)]
-    ended = [one.wait() for one in running]
-    assert {one["ref"] for one in ended} == {first["ref"] + "-2"}
-    assert {one["digest"] for one in ended} == {first["digest"]}
+    job = {"config": {**TRAIN, "pause": 0.1}, "inputs": {"words": [words_ref(store)]}}
+    before = [forging.run(tmp_path, "train", **job)["ref"]] if force else []
+    first = forging.start(tmp_path, "train", force=force, **job)
+    first.until("progress")
+    # Held still, so that the second surely comes while the first is at work.
+    first.kill(signal.SIGSTOP)
+    second = forging.start(tmp_path, "train", force=force, **job)
+    second.until(f"waiting for process {first.pid} on ")
+    first.kill(signal.SIGCONT)
+    ended = [first.wait(), second.wait()]
+    assert [one["status"] for one in ended] == ["built", "cached"]
+    assert ended[0]["ref"] == ended[1]["ref"]
+    assert {one.ref for one in whole(store, "train")} == {*before, ended[0]["ref"]}
 
 
 @pytest.mark.parametrize(("number", "named"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
@@ -139,7 +136,7 @@ def test_stopped_says_how_to_resume_and_resumes(
 ) -> None:
     store = prepare(forging, tmp_path)
     job = {"inputs": {"words": [words_ref(store)]}}
-    running = forging.start(tmp_path, "train", config={**TRAIN, "pause": 0.05}, **job)
+    running = forging.start(tmp_path, "train", config={**TRAIN, "pause": 0.1}, **job)
     running.until("progress")
     running.kill(number)
     ended = running.wait()

@@ -5,12 +5,17 @@ we. Words are runs of letters and digits in lower case. A question shorter than 
 it is looked for as a whole, if it has enough words for a match to mean anything.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data.dedup.shingles import WordHashes, ngram_hashes, split_words
+from data.documents import iter_documents
+from infra.errors import HeadwaterError
 
 
 @dataclass(frozen=True)
@@ -86,3 +91,19 @@ def _table(length: int, found: Sequence[tuple[np.ndarray, int]]) -> _Table:
     place = np.concatenate([np.arange(len(runs), dtype=np.int64) for runs, _ in found])
     unique, first = np.unique(hashes, return_index=True)
     return _Table(length, unique, text[first], place[first])
+
+
+def evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """(id, text) pairs of held-out problems (a Parquet file: question, and solution with answer) or
+    documents."""
+    if path.is_dir():
+        for document in iter_documents(path):
+            yield document.id, document.text
+        return
+    try:
+        rows = pq.read_table(path, columns=["id", "prompt", "thought", "answer"]).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise HeadwaterError(f"{path} is not a file of problems: {error}") from error
+    for row in rows:
+        yield row["id"], row["prompt"]
+        yield row["id"], f"{row['thought']} {row['answer']}"

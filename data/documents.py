@@ -27,6 +27,8 @@ _CODE_SUFFIXES = """
 """
 CODE_SUFFIXES = frozenset(_CODE_SUFFIXES.split())
 
+DOCSTRINGS = "#docstrings"  # ends the path of the prose of a module
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -37,6 +39,11 @@ class Document:
     path: str
     licence: str
     text: str
+
+    @property
+    def origin(self) -> str:
+        """What documents that were cut from one file share."""
+        return origin_of(self.path)
 
     @property
     def kind(self) -> str:
@@ -53,6 +60,11 @@ def document_id(source: str, path: str, text: str) -> str:
 
 def make_document(source: str, path: str, licence: str, text: str) -> Document:
     return Document(document_id(source, path, text), source, path, licence, text)
+
+
+def origin_of(path: str) -> str:
+    """The file that a document was cut from: code and docstrings of one module have the same."""
+    return path.removesuffix(DOCSTRINGS)
 
 
 def kind_of(source: str, path: str) -> str:

@@ -8,6 +8,7 @@ slice of the training rows that the counts did not see; then the counts are take
 rows.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,15 +32,13 @@ class Score:
 
     def bits_per_byte(self, size: int) -> float:
         """`size` is the bytes of text that the targets spell."""
-        return self.nats / np.log(2.0) / max(1, size)
+        return self.nats / math.log(2.0) / max(1, size)
 
 
 class BigramModel:
-    """Counts of a training set and interpolation weights. Memory: 16 bytes for each different bigram."""
+    """Counts of a training set and interpolation weights. While it is made, 16 bytes a training token."""
 
     def __init__(self, train: Iterable[Rows], vocab_size: int, tune_share: float = 0.1) -> None:
-        """`train` must give the same rows each time it is iterated (a list, or an object that reads a
-        file)."""
         self.vocab_size = vocab_size
         every = max(2, round(1 / tune_share))
         chunks = [_pairs(rows) for rows in train]

@@ -39,6 +39,11 @@ class Verdict:
     exact: bool  # same text up to white space
     jaccard: float  # with the representative, 1.0 for itself
 
+    @property
+    def reason(self) -> str:
+        """Why a document was dropped."""
+        return f"{'exact' if self.exact else 'near'} duplicate of {self.representative}"
+
 
 @dataclass(frozen=True)
 class Found:

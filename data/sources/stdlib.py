@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.documents import Document, make_document
+from data.documents import DOCSTRINGS, Document, make_document
 from data.sources.base import Candidate, Reading, Rejection, candidate, read_text
 
 LICENCE = "PSF-2.0"
@@ -45,7 +45,7 @@ class StdlibSource:
         if code.strip():
             yield make_document("stdlib-code", candidate.name, LICENCE, code)
         if prose.strip():
-            yield make_document("stdlib-docstrings", f"{candidate.name}#docstrings", LICENCE, prose)
+            yield make_document("stdlib-docstrings", f"{candidate.name}{DOCSTRINGS}", LICENCE, prose)
 
 
 def split_docstrings(text: str, module: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.errors import HeadwaterError
+from model.lanes import Lanes
 from model.loss import cross_entropy_sum, next_token_losses
 from model.optim.build import Optimizer
 from model.transformer import Transformer
@@ -72,7 +73,9 @@ class LoopConfig:
     balance_weight: float = 1e-4
     """Alpha of the sequence-wise balance loss (§4.2)."""
     micro_rows: int = 16
-    """Rows whose activations are held at once; a step of more rows accumulates gradients."""
+    """Rows of a micro-batch; a step of more rows accumulates gradients. It decides how sums are rounded."""
+    lanes: int = 1
+    """Micro-batches computed side by side, each on one CPU thread; changes no bit of the result."""
     mask_documents: bool = False
     """Keep samples of a row from seeing each other: off in pretraining (§4.1), on in fine-tuning (§5.1)."""
     checkpoint_every: int = 100
@@ -98,11 +101,11 @@ def train(
     position = resume(model, optimizer, checkpoints, log_file)
     gates = model.gates()
     model.train()
-    with log_file.open("a") as log:
+    with log_file.open("a") as log, Lanes(model, config.lanes) as lanes:
         while (step := schedule(position)) is not None:
             started = time.perf_counter()
             batch = source.stream(position.rows, step.rows)
-            figures, loads = _gradients(model, batch, step, config)
+            figures, loads = _gradients(lanes, batch, step, config)
             figures["grad_norm"] = optimizer.step(step.lr_scale)
             if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
                 raise TrainingDiverged(
@@ -133,11 +136,11 @@ def train(
 
 
 def _gradients(
-    model: Transformer, batch: dict[str, Tensor], step: Step, config: LoopConfig
+    lanes: Lanes, batch: dict[str, Tensor], step: Step, config: LoopConfig
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Accumulate the gradients of one step; the divisor is the step's counted targets, over all
     micro-batches."""
-    device = model.embed_tokens.device
+    device = lanes.replicas[0].embed_tokens.device
     tokens_BT = batch["tokens"].to(device).long()
     counted_BT = batch["loss"].to(device).bool()
     segments_BT = batch["segments"].to(device) if config.mask_documents else None
@@ -146,24 +149,26 @@ def _gradients(
         counted_BT = counted_BT & F.pad(segments_BT[:, 1:] == segments_BT[:, :-1], (1, 0))
     rows = tokens_BT.shape[0]
     targets = max(1, int(counted_BT[:, 1:].sum()))
-    main, ahead, balance = 0.0, 0.0, 0.0
-    loads: list[Tensor] = []
-    for start in range(0, rows, config.micro_rows):
-        part = slice(start, start + config.micro_rows)
+
+    def work(model: Transformer, part: slice) -> tuple[float, float, float, list[Tensor]]:
         segments = None if segments_BT is None else segments_BT[part]
         output = model(tokens_BT[part], segments, mtp=step.mtp_weight > 0)
         losses = next_token_losses(model, output, tokens_BT[part], counted_BT[part], segments)
         share = tokens_BT[part].shape[0] / rows
         mtp = torch.stack(losses.mtp).mean() if losses.mtp else losses.main.new_zeros(())
-        total = (
-            losses.main + step.mtp_weight * mtp
-        ) / targets + config.balance_weight * share * losses.balance
-        total.backward()
-        main += float(losses.main.detach()) / targets
-        ahead += float(mtp.detach()) / targets
-        balance += share * float(losses.balance.detach())
-        part_loads = [routing.load_E for routing in output.routings]
-        loads = [a + b for a, b in zip(loads, part_loads, strict=True)] if loads else part_loads
+        prediction = (losses.main + step.mtp_weight * mtp) / targets
+        (prediction + config.balance_weight * share * losses.balance).backward()
+        return (
+            float(losses.main.detach()) / targets,
+            float(mtp.detach()) / targets,
+            float(losses.balance.detach()) * share,
+            [routing.load_E for routing in output.routings],
+        )
+
+    parts = [slice(start, start + config.micro_rows) for start in range(0, rows, config.micro_rows)]
+    done = lanes.gradients(work, parts)
+    loads = [torch.stack(layer).sum(0) for layer in zip(*(part[3] for part in done), strict=True)]
+    main, ahead, balance = (sum(part[i] for part in done) for i in range(3))
     return {"loss": main, "mtp_loss": ahead, "balance": balance}, loads
 
 

@@ -1,0 +1,88 @@
+"""Micro-batches side by side on CPU cores, with the bits of running them one after the other.
+
+Each lane is a Python thread with its own replica of the model: same parameter storage, own gradients.
+PyTorch lets go of the interpreter lock inside its operators, so at small model sizes two lanes do nearly
+twice the work, where two threads inside each small product do not. Gradients are added in micro-batch order
+after every wave and every operator runs on one thread, so the number of lanes is placement: it changes no
+bit of the result.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from model.transformer import Transformer
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Lanes:
+    """Use as a context manager. `count` lanes; 1 runs everything in the calling thread."""
+
+    def __init__(self, model: Transformer, count: int) -> None:
+        self.replicas = [model] + [_replica(model) for _ in range(count - 1)]
+        self._pool = (
+            ThreadPoolExecutor(count - 1, initializer=torch.set_num_threads, initargs=(1,))
+            if count > 1
+            else None
+        )
+        self._threads = torch.get_num_threads()
+
+    def __enter__(self) -> Lanes:
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads)
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def gradients(self, work: Callable[[Transformer, T], R], items: Sequence[T]) -> list[R]:
+        """`work(model, item)` for every item, its backward pass included; gradients end up in the model.
+
+        Bits are those of calling `work` in order on the model itself.
+        """
+        main, results = self.replicas[0], []
+        main.train()
+        for start in range(0, len(items), len(self.replicas)):
+            wave = items[start : start + len(self.replicas)]
+            others = [
+                self._pool.submit(work, replica.train(), item)
+                for replica, item in zip(self.replicas[1:], wave[1:], strict=False)
+                if self._pool is not None
+            ]
+            results.append(work(main, wave[0]))
+            for replica, other in zip(self.replicas[1:], others, strict=False):
+                results.append(other.result())
+                _add_gradients(main, replica)
+        return results
+
+
+def _replica(model: Transformer) -> Transformer:
+    """A second module over the same parameters and buffers."""
+    twin = copy.deepcopy(model)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        theirs.data = mine.data
+        theirs.grad = None
+    shared = dict(model.named_buffers())
+    for name, module in twin.named_modules():
+        for key in module._buffers:
+            module._buffers[key] = shared[f"{name}.{key}" if name else key]
+    return twin
+
+
+def _add_gradients(into: Transformer, replica: Transformer) -> None:
+    for mine, theirs in zip(into.parameters(), replica.parameters(), strict=True):
+        if theirs.grad is None:
+            continue
+        if mine.grad is None:
+            mine.grad = theirs.grad
+        else:
+            mine.grad.add_(theirs.grad)
+        theirs.grad = None

@@ -216,7 +216,7 @@ def _token_ids(tokenizer_json: Path, tokenizer_config: dict[str, Any]) -> dict[s
             ids[f"{role}_token_id"] = added[token]
         elif role != "pad" or token is not None:
             raise CheckpointError(
-                f"{tokenizer_json}: {role}_token of the tokenizer configuration is {token!r}, which is not an "
+                f"{tokenizer_json}: {role}_token of the tokenizer configuration is {token!r}, which is no "
                 "added token there"
             )
     return ids

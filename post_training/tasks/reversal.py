@@ -8,10 +8,10 @@ from post_training.tasks.problem import Family, Problem
 
 
 def make(rng: random.Random, size: int) -> Problem:
-    """Strings of 4 to `size` digits."""
-    digits = "".join(str(rng.randrange(10)) for _ in range(rng.randint(4, size)))
+    """Strings of 4 to `size` digits, or of `size` when that is less."""
+    digits = "".join(str(rng.randrange(10)) for _ in range(rng.randint(min(4, size), size)))
     thought = f"{' '.join(digits)}\n{' '.join(reversed(digits))}"
     return Problem("reversal", f"Reverse {digits}.", thought, digits[::-1])
 
 
-FAMILY = Family("reversal", make, (4, 24), "most digits of the string", domain="order")
+FAMILY = Family("reversal", make, (2, 24), "most digits of the string", domain="order")

@@ -8,11 +8,11 @@ from post_training.tasks.problem import Family, Problem
 
 
 def make(rng: random.Random, size: int) -> Problem:
-    """Strings of 4 to `size` digits."""
-    digits = "".join(str(rng.randrange(10)) for _ in range(rng.randint(4, size)))
+    """Strings of 4 to `size` digits, or of `size` when that is less."""
+    digits = "".join(str(rng.randrange(10)) for _ in range(rng.randint(min(4, size), size)))
     ordered = sorted(digits)
     thought = f"{' '.join(digits)}\n{' '.join(ordered)}"
     return Problem("sorting", f"Sort {digits}.", thought, "".join(ordered))
 
 
-FAMILY = Family("sorting", make, (4, 24), "most digits of the string", domain="order")
+FAMILY = Family("sorting", make, (2, 24), "most digits of the string", domain="order")

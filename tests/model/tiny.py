@@ -57,4 +57,5 @@ def tokens(rows: int, length: int, seed: int = 0, vocab_size: int = TINY.vocab_s
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected value."""
+    found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

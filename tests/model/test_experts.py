@@ -1,0 +1,101 @@
+"""Grouped experts against a loop over tokens: nothing is dropped, padded or mixed up."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.experts import RoutedExperts
+from model.moe import MoE
+from model.precision import Precision
+from tests.model.tiny import TINY, relative, tiny
+
+
+def naive(moe: MoE, x_SD: Tensor) -> Tensor:
+    """Every token on its own, every chosen expert on its own, in float64."""
+    routing = moe.gate(x_SD[None].float())
+    gate_up, down = (w.double() for w in (moe.experts.gate_up_proj, moe.experts.down_proj))
+    scores = (x_SD @ moe.gate.weight.double().t()).sigmoid()
+    rows = []
+    for token, x in enumerate(x_SD):
+        picked = routing.experts_SK[token]
+        weights = scores[token, picked] / scores[token, picked].sum() * TINY.routed_scaling_factor
+        gate, up = (moe.shared_experts.gate_up_proj.double() @ x).chunk(2)
+        y = moe.shared_experts.down_proj.double() @ (F.silu(gate) * up)
+        for expert, weight in zip(picked, weights, strict=True):
+            gate, up = (gate_up[expert] @ x).chunk(2)
+            y = y + weight * (down[expert] @ (F.silu(gate) * up))
+        rows.append(y)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("crowd", [False, True], ids=["spread", "all to few experts"])
+def test_output_and_gradients_are_those_of_a_loop_over_tokens(crowd):
+    moe: MoE = tiny().layers[1].mlp.train()
+    if crowd:  # Groups 0 and 1 only: half of the experts stay empty, the others take every token.
+        moe.gate.e_score_correction_bias.copy_(torch.tensor([5.0] * 6 + [-5.0] * 6))
+    x = torch.randn(2, 17, TINY.hidden_size, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    aim = torch.randn(2, 17, TINY.hidden_size, generator=torch.Generator().manual_seed(6))
+    y, routing = moe(x)
+    assert int(routing.load_E.sum()) == 2 * 17 * 3
+    assert int((routing.load_E == 0).sum()) >= (6 if crowd else 0)
+    (y * aim).sum().backward()
+    found = {name: p.grad.clone() for name, p in moe.named_parameters()} | {"x": x.grad.clone()}
+    moe.zero_grad()
+    x64 = x.detach().double().requires_grad_()
+    expected = naive(moe, x64.flatten(0, 1)).view(2, 17, -1)
+    assert relative(y.double(), expected) < 1e-5
+    (expected * aim.double()).sum().backward()
+    assert relative(found.pop("x").double(), x64.grad) < 1e-5
+    for name, parameter in moe.named_parameters():
+        assert relative(found[name], parameter.grad) < 1e-4, name
+    if crowd:
+        assert not found["experts.down_proj"][6:].any()
+
+
+@pytest.mark.parametrize("counts", [[0, 5, 0, 2], [7, 0, 0, 0], [0, 0, 0, 7], [0, 0, 0, 0]])
+def test_empty_experts_take_part_without_a_row(counts):
+    experts = RoutedExperts(4, 6, 3, Precision())
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(7))
+    x = torch.randn(sum(counts), 6, generator=torch.Generator().manual_seed(8)).requires_grad_()
+    y = experts(x, counts)
+    assert y.shape == (sum(counts), 6)
+    # An expanded gradient (of a plain sum) has no strides of its own.
+    y.sum().backward()
+    for expert, count in enumerate(counts):
+        assert bool(experts.gate_up_proj.grad[expert].any()) == (count > 0)
+        assert bool(experts.down_proj.grad[expert].any()) == (count > 0)
+    assert x.grad.shape == x.shape
+
+
+def test_the_written_gradient_of_the_grouped_product_is_right():
+    experts = RoutedExperts(3, 4, 5, Precision()).double()
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(9))
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(10)).requires_grad_()
+
+    def product(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return torch.func.functional_call(
+            experts, {"gate_up_proj": gate_up, "down_proj": down}, (x, [4, 0, 2])
+        )
+
+    assert torch.autograd.gradcheck(product, (x, experts.gate_up_proj, experts.down_proj))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp8", 0.15)])
+def test_other_precisions_stay_near_and_train_empty_experts_too(precision, tolerance):
+    exact, rounded = (tiny(precision=name).layers[1].mlp.train() for name in ("fp32", precision))
+    for moe in (exact, rounded):
+        moe.gate.e_score_correction_bias.copy_(torch.tensor([5.0] * 6 + [-5.0] * 6))
+    x = torch.randn(2, 17, TINY.hidden_size, generator=torch.Generator().manual_seed(11)).bfloat16()
+    expected, _ = exact(x.float())
+    found, _ = rounded(x)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - expected).norm() / expected.norm()) < tolerance
+    found.float().square().sum().backward()
+    assert rounded.experts.gate_up_proj.grad.dtype == torch.float32
+    assert torch.isfinite(rounded.experts.gate_up_proj.grad).all()
+    assert not rounded.experts.down_proj.grad[6:].any()

@@ -4,6 +4,7 @@ run."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from pydantic import Field
 
@@ -20,14 +21,14 @@ class PretrainConfig(StageConfig):
     batch_rows: int = Field(16, gt=0, description="Sequences a step at full batch size")
     batch_ramp: bool = Field(True, description="Ramp the batch size up over the first 3.2% of the tokens")
     warmup: float = Field(0.03, gt=0, lt=1, description="Learning-rate warmup, as a share of the tokens")
-    optimizer: str = Field("adamw", description="adamw as in the report, or muon")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw as in the report, or muon")
     lr: float = Field(2.2e-4, gt=0, description="Peak learning rate of AdamW's parameters")
     muon_lr: float = Field(8e-3, gt=0, description="Peak learning rate of Muon's parameters")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay")
     clip: float = Field(1.0, gt=0, description="Largest gradient norm")
     bias_speed: float = Field(0.001, ge=0, description="Gamma: step of the routing bias a training step")
     balance_weight: float = Field(1e-4, ge=0, description="Alpha: weight of the sequence-wise balance loss")
-    precision: str = Field("fp32", description="fp32, bf16 or fp8")
+    precision: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="Format of the large products")
     micro_rows: int = placement(16, gt=0, description="Sequences whose activations are held at once")
     checkpoint_every: int = placement(100, gt=0, description="Steps between checkpoints")
     watch_rows: int = placement(32, ge=0, description="Held-out rows measured at each checkpoint")
@@ -35,10 +36,9 @@ class PretrainConfig(StageConfig):
 
 def run(config: PretrainConfig, context: StageContext) -> None:
     import math
-    import shutil
 
     from data.loader import ShardLoader
-    from flows.training import checkpoint_metrics, progress, publish_training
+    from flows.training import checkpoint_metrics, copy_tokenizer, progress, publish_training
     from infra.checkpoint import Checkpoints
     from infra.errors import HeadwaterError
     from model.checkpoint import save_model
@@ -50,6 +50,12 @@ def run(config: PretrainConfig, context: StageContext) -> None:
     shards, tokenizer = context.input("shards"), context.input("tokenizer")
     source = ShardLoader(shards.path / "train", config.batch_rows, config.seed)
     held_out = ShardLoader(shards.path / "heldout", 1, config.seed)
+    made_with = [ref for ref in shards.record.inputs if ref.role == "tokenizer"]
+    if any(ref.digest != tokenizer.digest for ref in made_with):
+        raise HeadwaterError(
+            f"{shards.ref} was packed with {made_with[0].ref}, not with {tokenizer.ref}: the checkpoint would "
+            "carry a tokenizer that it does not understand. Give pretrain the tokenizer of its shards"
+        )
     vocabulary = shards.json("stats.json")["vocab_size"]
     if vocabulary > config.model.vocab_size:
         raise HeadwaterError(
@@ -95,7 +101,12 @@ def run(config: PretrainConfig, context: StageContext) -> None:
         rows = min(config.watch_rows, held_out.rows)
         return {"held_out_loss": held_out_loss(model, held_out, rows)[0]} if rows else {}
 
-    loop = LoopConfig(config.balance_weight, config.micro_rows, False, config.checkpoint_every)
+    loop = LoopConfig(
+        config.balance_weight,
+        config.micro_rows,
+        mask_documents=False,
+        checkpoint_every=config.checkpoint_every,
+    )
     log_file = context.scratch / "metrics.jsonl"
     checkpoints = Checkpoints(context.scratch / "checkpoints", log=context.log)
     train(
@@ -110,7 +121,7 @@ def run(config: PretrainConfig, context: StageContext) -> None:
         watch,
     )
     save_model(model, context.out)
-    shutil.copyfile(tokenizer.file("tokenizer.json"), context.out / "tokenizer.json")
+    copy_tokenizer(tokenizer.file("tokenizer.json"), context)
     loss, targets = held_out_loss(model, held_out, held_out.rows)
     held = shards.json("stats.json")["heldout"]
     context.metric("held_out_loss", loss)

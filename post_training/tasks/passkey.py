@@ -51,9 +51,12 @@ def build(rng: random.Random, before: int, after: int) -> Problem:
 
 
 def make(rng: random.Random, size: int) -> Problem:
-    """Up to `size` characters of filler, the key anywhere in it; lengths are uniform, so short ones occur."""
+    """Up to `size` characters of filler, the key anywhere in it; lengths are uniform, so short ones occur.
+
+    One key in ten stands at the very start and one at the very end: drawn uniformly they would almost never.
+    """
     total = rng.randint(0, max(0, size))
-    before = rng.randint(0, total)
+    before = rng.choice((0, total)) if rng.random() < 0.2 else rng.randint(0, total)
     return build(rng, before, total - before)
 
 

@@ -6,9 +6,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from data.chat import ChatTokenizer
 from data.tokenizer import train
+
+# The first example compiles or loads machine code, and the machine may be busy: time is not what is tested.
+settings.register_profile("data", deadline=None)
+settings.load_profile("data")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Cross-entropy that never holds all logits, and the losses of every prediction depth."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_measuring_makes_no_gradient(monkeypatch):
 
 
 def naive_depth(model, tokens_BT: Tensor, counted_BT: Tensor, depth: int) -> float:
-    """Equations 21-24 token by token: the sum of -log p over the counted targets of one depth (0 is the model)."""
+    """Equations 21-24 token by token: -log p summed over the counted targets of a depth (0: the model)."""
     cos, sin = model.rotation(tokens_BT.shape[1])
     total = 0.0
     for row, counted in zip(tokens_BT, counted_BT, strict=True):
@@ -132,9 +133,9 @@ def test_with_segments_nothing_is_predicted_across_a_boundary():
 def test_untrained_model_is_as_good_as_guessing():
     model = tiny(initializer_range=0.006)
     tokens_BT = tokens(4, 30)
-    losses = next_token_losses(
-        model, model(tokens_BT, mtp=True), tokens_BT, torch.ones_like(tokens_BT).bool()
-    )
-    assert float(losses.main.detach()) / losses.targets == pytest.approx(
-        torch.tensor(float(TINY.vocab_size)).log().item(), abs=0.01
-    )
+    counted = torch.ones_like(tokens_BT).bool()
+    losses = next_token_losses(model, model(tokens_BT, mtp=True), tokens_BT, counted)
+    for depth, total in enumerate([losses.main, *losses.mtp]):
+        assert float(total.detach()) / (4 * (29 - depth)) == pytest.approx(
+            math.log(TINY.vocab_size), abs=0.01
+        )

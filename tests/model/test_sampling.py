@@ -1,0 +1,88 @@
+"""Random numbers and the choice of a token."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.engine.sampling import Sampling, choose, uniforms
+
+
+def chi_square(counts: Tensor, expected: Tensor) -> float:
+    """Standard deviations that the statistic lies above its mean; about normal for many cells."""
+    cells = expected > 0
+    freedom = int(cells.sum()) - 1
+    statistic = float(((counts - expected)[cells].square() / expected[cells]).sum())
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("along", ["seeds", "positions", "both"])
+def test_draws_are_uniform_along_seeds_and_positions(along):
+    n = 1 << 16
+    ramp, zero = torch.arange(n), torch.zeros(n, dtype=torch.long)
+    seeds, positions = {"seeds": (ramp, zero), "positions": (zero, ramp), "both": (ramp // 256, ramp % 256)}[
+        along
+    ]
+    draws = uniforms(seeds, positions)
+    assert draws.dtype == torch.float64
+    assert float(draws.min()) >= 0
+    assert float(draws.max()) < 1
+    assert len(draws.unique()) == n
+    assert abs(chi_square(torch.histc(draws, 256, 0, 1), torch.full((256,), n / 256))) < 4
+    # Pairs of neighbours fill the square evenly: a draw says nothing about the next.
+    pairs = (draws[:-1] * 16).long() * 16 + (draws[1:] * 16).long()
+    assert abs(chi_square(pairs.bincount(minlength=256).double(), torch.full((256,), (n - 1) / 256))) < 4
+
+
+def test_draws_are_a_function_of_seed_and_position():
+    seeds, positions = torch.tensor([7, 7, 8, -(2**63), 2**63 - 1]), torch.tensor([3, 4, 3, 0, 0])
+    assert torch.equal(uniforms(seeds, positions), uniforms(seeds, positions))
+    assert torch.equal(uniforms(seeds.flip(0), positions.flip(0)).flip(0), uniforms(seeds, positions))
+    assert len(uniforms(seeds, positions).unique()) == 5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
+def test_tokens_come_with_their_probabilities(temperature):
+    n = 40_000
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 1.5
+    draws = uniforms(torch.arange(n), torch.zeros(n, dtype=torch.long))
+    picked = choose(logits.expand(n, -1), temperature, 1.0, draws)
+    expected = (logits[0].double() / temperature).softmax(-1) * n
+    assert chi_square(picked.bincount(minlength=50).double(), expected) < 4
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it_renormalised():
+    probs = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+    n = 20_000
+    draws = uniforms(torch.arange(n), torch.ones(n, dtype=torch.long))
+    for top_p, kept in ((0.69, [1, 3]), (0.71, [1, 2, 3]), (0.4, [1]), (1e-9, [1]), (0.96, [0, 1, 2, 3, 4])):
+        picked = choose(probs.log().expand(n, -1), 1.0, top_p, draws).bincount(minlength=5).double()
+        expected = torch.zeros(5).double()
+        expected[kept] = (probs[kept] / probs[kept].sum() * n).double()
+        assert not picked[expected == 0].any(), top_p
+        if len(kept) > 1:
+            assert chi_square(picked, expected) < 4, top_p
+
+
+def test_the_ends_of_the_interval_choose_tokens_that_can_be_chosen():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
+    last = 1 - 2.0**-53
+    picked = [
+        int(choose(logits, 1.0, p, torch.tensor([d]).double())) for p in (1.0, 0.9) for d in (0.0, last)
+    ]
+    assert picked == [1, 3, 1, 3]
+
+
+def test_temperature_zero_is_greedy():
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(choose(logits, 0.0, 1.0, torch.rand(6).double()), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [({"max_tokens": 0}, "max_tokens"), ({"temperature": -0.1}, "temperature"), ({"top_p": 0.0}, "top_p")],
+)
+def test_settings_out_of_bounds_are_named(arguments, field):
+    with pytest.raises(ValueError, match=rf"sampling\.{field}"):
+        Sampling(**arguments)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def read_jsonl(path: Path) -> list[dict[str, float]]:
+    """The lines of a training log, each a dict of figures."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -48,14 +54,14 @@ def smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
     return out
 
 
-def _figure():  # type: ignore[no-untyped-def]
+def _figure() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4, 3.2), dpi=110)
     return figure, figure.add_subplot()
 
 
-def _save(figure, path: Path) -> None:  # type: ignore[no-untyped-def]
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     # Without a fixed software tag the file would name the library's version and the bytes would move with it.

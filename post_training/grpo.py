@@ -47,11 +47,19 @@ class GRPOConfig:
 
 
 def advantages(rewards_N: Tensor, group_size: int) -> Tensor:
-    """(r - mean) / std within each group of consecutive rollouts, zero where all are equal: float32 [N]."""
-    groups = rewards_N.float().view(-1, group_size)
+    """(r - mean) / std within each group of consecutive rollouts, zero where all are equal: float32 [N].
+
+    ValueError when the rollouts do not make whole groups.
+    """
+    if len(rewards_N) % group_size:
+        raise ValueError(f"{len(rewards_N)} rewards do not make groups of {group_size}")
+    # In double precision and by range: the mean of equal rewards may differ from them by a rounding error,
+    # which divided by its own standard deviation would be an advantage like any other.
+    groups = rewards_N.double().view(-1, group_size)
+    differ = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) > 1e-6
     spread = groups.std(dim=1, correction=0, keepdim=True)
     centred = groups - groups.mean(dim=1, keepdim=True)
-    return torch.where(spread > 1e-6, centred / spread.clamp(min=1e-6), torch.zeros(())).flatten()
+    return torch.where(differ, centred / torch.where(differ, spread, 1.0), 0.0).flatten().float()
 
 
 @dataclass
@@ -79,12 +87,15 @@ def update(
     config: GRPOConfig,
     lr_scale: Callable[[int], float] = lambda update: 1.0,
 ) -> dict[str, float]:
-    """Take `config.updates` optimizer steps on one batch of rollouts; returns the figures of the last one."""
+    """Take `config.updates` optimizer steps on one batch of rollouts; returns the figures of the last one.
+
+    Rollouts of a group stand next to each other. Both models are left in evaluation mode: only the router's
+    balance loss, which has no place here, tells the modes apart.
+    """
     advantage_N = advantages(rewards_N, config.group_size)
     figures: dict[str, float] = {}
     batches = _micro_batches(model, reference, rollouts, advantage_N, config)
     tokens = sum(batch.advantage_S.numel() for batch in batches)
-    model.train()
     for number in range(config.updates):
         kl_sum, clipped_sum, objective_sum = 0.0, 0.0, 0.0
         for batch in batches:
@@ -127,6 +138,7 @@ def _micro_batches(
     batches: list[_MicroBatch] = []
     start = 0
     model.eval()
+    reference.eval()
     while start < len(order):
         longest = lengths[order[start]]
         part = order[start : start + max(1, config.micro_tokens // longest)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.errors import HeadwaterError
+from infra.errors import HeadwaterError, nearest
 from infra.files import write_parquet
 from post_training.tasks.problem import SYSTEM, Problem, is_held_out
 from post_training.tasks.registry import FAMILIES
@@ -37,7 +37,7 @@ def draw(wanted: Wanted, held_out_share: float, seed: int) -> tuple[list[Problem
     family = FAMILIES.get(wanted.family)
     if family is None:
         raise HeadwaterError(
-            f"no family of problems is called {wanted.family!r}: there are {', '.join(FAMILIES)}"
+            f"no family of problems is called {wanted.family!r}; {nearest(wanted.family, FAMILIES)}"
         )
     low, high = family.sizes
     if not low <= wanted.size <= high:
@@ -96,16 +96,46 @@ def write(path: Path, records: Sequence[dict[str, str]]) -> None:
 
 
 def read(path: Path, families: Sequence[str] = ()) -> list[Problem]:
-    """Problems of a set, of the given families or all; HeadwaterError when none is left."""
-    table = pq.read_table(path, columns=["family", "prompt", "thought", "expected"])
+    """Problems of a set, of the given families or of all.
+
+    Raises HeadwaterError when the set is unreadable or empty, or holds no problem of a family that is asked
+    for.
+    """
+    try:
+        table = pq.read_table(path, columns=["family", "prompt", "thought", "expected"])
+    except (OSError, pa.ArrowException) as error:
+        raise HeadwaterError(f"{path} is not a readable set of problems: {error}") from error
     problems = [
-        Problem(row["family"], row["prompt"], row["thought"], row["expected"])
-        for row in table.to_pylist()
-        if not families or row["family"] in families
+        Problem(row["family"], row["prompt"], row["thought"], row["expected"]) for row in table.to_pylist()
     ]
-    if not problems:
+    there = {problem.family for problem in problems}
+    missing = [family for family in families if family not in there]
+    if missing:
         raise HeadwaterError(
-            f"{path} holds no problem of {', '.join(families) or 'any family'}: check "
-            "the tasks stage's families"
+            f"{path} holds no problem of family {missing[0]!r}; {nearest(missing[0], there)}. "
+            "Add it to the families of the tasks stage"
         )
-    return problems
+    if not problems:
+        raise HeadwaterError(f"{path} holds no problem at all: ask the tasks stage for some")
+    return [problem for problem in problems if not families or problem.family in families]
+
+
+def read_asked(path: Path, families: Sequence[str] = ()) -> list[Problem]:
+    """What a stage asks a model: the named families, or without names every problem with a worked solution.
+
+    Raises HeadwaterError as `read` does, or when no problem has a worked solution.
+    """
+    problems = read(path, families)
+    asked = [problem for problem in problems if families or problem.thought]
+    if not asked:
+        raise HeadwaterError(
+            f"{path} holds no problem with a worked solution; name the families to ask, or add one that is "
+            "reasoned about to the tasks stage"
+        )
+    return asked
+
+
+def spread(problems: Sequence[Problem], families: Sequence[str], total: int) -> dict[str, list[Problem]]:
+    """The first problems of each family in the order given, `total` over all families, at least one each."""
+    each = max(1, total // len(families))
+    return {family: [p for p in problems if p.family == family][:each] for family in families}

@@ -6,7 +6,6 @@ so the whole state of a run is weights, optimizer and step.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +15,15 @@ from pathlib import Path
 from torch import Tensor
 
 from data.chat import EOS, ChatTokenizer
+from infra.errors import HeadwaterError
 from model.engine.engine import Engine
 from model.engine.sampling import Sampling
 from model.optim.build import Optimizer
-from model.train import CheckpointStore, Position, resume, run_tensors
+from model.train import CheckpointStore, Position, resume
 from model.transformer import Transformer
 from post_training.grpo import GRPOConfig, update
 from post_training.rollout import Rollout, sample
+from post_training.steps import Progress, finish_step
 from post_training.tasks.problem import Problem
 
 Reward = Callable[[Sequence[Rollout]], Tensor]
@@ -56,10 +57,15 @@ def optimize(
     system: str,
     checkpoints: CheckpointStore,
     log_file: Path,
-    progress: Callable[[Position, dict[str, float]], None],
+    progress: Progress,
 ) -> Position:
-    """Run `config.steps` steps; `position.tokens` counts response tokens. Resumes from the last
-    checkpoint."""
+    """Run `config.steps` steps, or what is left of them after the last checkpoint.
+
+    `position.tokens` counts the tokens of prompts and responses. `reference` stays as it is. Raises
+    HeadwaterError without problems, TrainingDiverged when objective or gradient norm is not finite.
+    """
+    if not problems:
+        raise HeadwaterError("reinforcement learning needs at least one problem with a known answer")
     position = resume(model, optimizer, checkpoints, log_file)
     engine = Engine(model, [EOS], max_rows=grpo.groups * grpo.group_size)
     families = sorted({problem.family for problem in problems})
@@ -77,24 +83,30 @@ def optimize(
             sampled = time.perf_counter()
             figures = update(model, reference, optimizer, rollouts, rewards, grpo)
             n = len(rollouts)
-            tokens = sum(len(r.response_ids) for r in rollouts)
+            responses = sum(len(r.response_ids) for r in rollouts)
+            tokens = responses + sum(len(r.prompt_ids) for r in rollouts)
             figures |= {
                 "reward": float(rewards.mean()),
                 "correct": sum(r.verdict.correct for r in rollouts) / n,
                 "well_formed": sum(r.verdict.well_formed for r in rollouts) / n,
                 "reasoned": sum(r.verdict.reasoned for r in rollouts) / n,
-                "response_tokens": tokens / n,
-                "sequence_tokens": sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts),
+                "response_tokens": responses / n,
                 "rollout_seconds": sampled - started,
                 "update_seconds": time.perf_counter() - sampled,
             }
             position.step += 1
             position.rows += n
             position.tokens += tokens
-            figures["tokens_per_second"] = tokens / (time.perf_counter() - started)
-            if position.step % config.checkpoint_every == 0 or position.step == config.steps:
-                checkpoints.save(position.step, run_tensors(model, optimizer), vars(position).copy())
-            log.write(json.dumps({"step": position.step, "tokens": position.tokens, **figures}) + "\n")
-            log.flush()
-            progress(position, figures)
+            figures["tokens_per_second"] = responses / (time.perf_counter() - started)
+            finish_step(
+                position,
+                figures,
+                {name: figures[name] for name in ("objective", "grad_norm")},
+                model,
+                optimizer,
+                checkpoints,
+                position.step % config.checkpoint_every == 0 or position.step == config.steps,
+                log,
+                progress,
+            )
     return position

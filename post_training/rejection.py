@@ -6,7 +6,7 @@ samples that pass, the shortest is kept, so that the final set is right and no l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from post_training.rollout import Rollout
@@ -35,8 +35,3 @@ def keep(rollouts: Sequence[Rollout], form: Form, samples: int, most: int) -> li
         ranked = sorted(passing.values(), key=lambda r: (len(r.response_ids), r.response_ids))
         kept += ranked[:most]
     return kept
-
-
-def share(kept: Iterable[Rollout], asked: int) -> float:
-    """Problems with at least one kept sample, over problems asked."""
-    return len({rollout.problem.id for rollout in kept}) / max(1, asked)

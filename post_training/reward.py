@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from data.chat import PAD
 from model.checkpoint import CheckpointError, load_model, save_model
 from model.optim.build import Optimizer, OptimizerConfig
 from model.schedule import cosine
-from model.train import CheckpointStore, Position, resume, run_tensors
+from model.train import CheckpointStore, Position, resume
 from model.transformer import Transformer
 from post_training.rollout import Rollout
+from post_training.steps import Progress, finish_step
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,13 @@ def train_reward(
     seed: int,
     checkpoints: CheckpointStore,
     log_file: Path,
-    progress: Callable[[Position, dict[str, float]], None],
+    progress: Progress,
     checkpoint_every: int,
 ) -> Position:
-    """Minimise the pair loss; a step's pairs are a function of seed and step. Resumes from its last
-    checkpoint."""
+    """Minimise the pair loss; a step's pairs are a function of seed and step.
+
+    Resumes from its last checkpoint. Raises TrainingDiverged when loss or gradient norm is not finite.
+    """
     optimizer = Optimizer(model, settings)
     position = resume(model, optimizer, checkpoints, log_file)
     model.train()
@@ -107,11 +110,17 @@ def train_reward(
             position.rows += 2 * len(batch)
             position.tokens += tokens
             figures = {"loss": float(loss.detach()), "ordered": right, "grad_norm": norm}
-            if position.step % checkpoint_every == 0 or position.step == steps:
-                checkpoints.save(position.step, run_tensors(model, optimizer), vars(position).copy())
-            log.write(json.dumps({"step": position.step, "tokens": position.tokens, **figures}) + "\n")
-            log.flush()
-            progress(position, figures)
+            finish_step(
+                position,
+                figures,
+                {name: figures[name] for name in ("loss", "grad_norm")},
+                model,
+                optimizer,
+                checkpoints,
+                position.step % checkpoint_every == 0 or position.step == steps,
+                log,
+                progress,
+            )
     return position
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.chat import ChatTokenizer
+from infra.errors import HeadwaterError
 from model.engine.engine import Engine, Request
 from model.engine.sampling import Sampling
 from post_training.tasks.problem import Problem
@@ -35,12 +37,25 @@ def sample(
     """`samples` responses to each problem, next to each other; a group shares one reading of its prompt.
 
     A request's seed depends on the sampling seed, the problem and the sample's number, so a result does not
-    depend on what else is asked in the same call.
+    depend on what else is asked in the same call. A problem that is asked twice goes on counting, or its
+    second group would be a copy of the first.
+
+    Raises HeadwaterError naming a problem whose prompt leaves no room in the engine's context.
     """
     requests: list[Request] = []
+    asked: Counter[tuple[str, str]] = Counter()
     for problem, system in zip(problems, systems, strict=True):
         prompt = tuple(tokenizer.prompt_ids(problem.prompt, system))
-        requests += [Request(prompt, _seed(sampling.seed, problem.id, system, i)) for i in range(samples)]
+        if len(prompt) >= engine.context:
+            raise HeadwaterError(
+                f"a problem of family {problem.family} takes {len(prompt)} tokens, and the model's context "
+                f"is {engine.context}: lower the family's size in the tasks stage, or extend the context"
+            )
+        first = asked[problem.id, system]
+        asked[problem.id, system] += samples
+        requests += [
+            Request(prompt, _seed(sampling.seed, problem.id, system, first + i)) for i in range(samples)
+        ]
     completions = engine.generate(requests, sampling)
     rollouts = []
     for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):

@@ -45,9 +45,17 @@ class SFTConfig:
     floor: float = 0.2
     """Last learning rate over the peak; 1e-6 / 5e-6 in the report."""
 
+    def steps(self, rows: int) -> int:
+        """Optimizer steps on `rows` packed rows, at least one."""
+        return max(1, round(self.epochs * rows / self.batch_rows))
+
 
 class PackedSamples:
-    """Packed conversations as a batch source; each epoch has its own order, a function of the seed."""
+    """Packed conversations as a batch source; each epoch has its own order, a function of the seed.
+
+    `count` rows, `targets` response tokens in them; `left_out` samples were longer than a row. Raises
+    HeadwaterError when no sample fits.
+    """
 
     def __init__(
         self, tokenizer: ChatTokenizer, samples: Sequence[Conversation], length: int, seed: int
@@ -74,6 +82,7 @@ class PackedSamples:
         return Piece(np.asarray([*prompt, *response], dtype=np.int32), loss)
 
     def stream(self, start: int, count: int) -> dict[str, Tensor]:
+        """`count` rows from place `start` of all epochs one after another; see model.train.BatchSource."""
         places = np.arange(start, start + count)
         picked = np.empty(count, dtype=np.int64)
         for epoch in np.unique(places // self.count):
@@ -95,7 +104,7 @@ def fine_tune(
     checkpoint_every: int = 50,
 ) -> Position:
     """Train on responses for `config.epochs`; resumes from the last checkpoint."""
-    steps = max(1, round(config.epochs * samples.count / config.batch_rows))
+    steps = config.steps(samples.count)
 
     def schedule(position: Position) -> Step | None:
         if position.step >= steps:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.chat import ChatTokenizer
+from data.chat import EOS, ChatTokenizer
 
 _BOXED = re.compile(r"\s*\\boxed\{([^{}]*)\}\s*")
 
@@ -34,7 +34,7 @@ def verify(tokenizer: ChatTokenizer, tokens: Sequence[int], expected: str) -> Ve
     after it but one box. Correct: the box holds the expected answer exactly, surrounding spaces aside.
     """
     response = tokenizer.parse_response(tokens)
-    if not response.well_formed:
+    if not response.well_formed or tokens[-1] != EOS:
         return Verdict(
             False, False, False, "", "the response is cut off or holds control tokens out of place"
         )

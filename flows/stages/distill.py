@@ -22,6 +22,7 @@ class DistillConfig(StageConfig):
 
 def run(config: DistillConfig, context: StageContext) -> None:
     import random
+    from collections import Counter
 
     from data.chat import EOS, ChatTokenizer
     from infra.errors import HeadwaterError
@@ -36,16 +37,16 @@ def run(config: DistillConfig, context: StageContext) -> None:
 
     forms = (Form("concise", "", must_reason=False), Form("reasoned", SYSTEM, must_reason=True))
     rows: list[dict[str, str]] = []
-    asked = 0
-    served: set[str] = set()
+    # By family and form: problems asked, and those with a sample that was kept.
+    asked: Counter[str] = Counter()
+    served: Counter[str] = Counter()
     for expert in context.inputs_of("experts"):
         families = expert.json("expert.json")["families"]
         tokenizer = ChatTokenizer(expert.file("tokenizer.json"))
         engine = Engine(load_model(expert.path), [EOS])
         problems = problem_sets.read(context.input("problems").file("train.parquet"), families)
         random.Random(f"{config.seed}/distill").shuffle(problems)
-        for family in families:
-            mine = [p for p in problems if p.family == family][: config.problems // len(families)]
+        for family, mine in problem_sets.spread(problems, families, config.problems).items():
             for form in forms:
                 sampling = Sampling(config.max_tokens, config.temperature, seed=config.seed)
                 rollouts = sample(
@@ -53,10 +54,10 @@ def run(config: DistillConfig, context: StageContext) -> None:
                 )
                 kept = keep(rollouts, form, config.samples, config.keep)
                 rows += [sample_row(tokenizer, rollout, form.name, expert.digest[:12]) for rollout in kept]
-                asked += len(mine)
-                served |= {f"{form.name}/{r.problem.id}" for r in kept}
-                context.log(f"{family}, {form.name}: {len(kept)} kept of {len(mine)} problems")
-                context.metric(f"kept_{family}_{form.name}", len(kept) / max(1, len(mine)))
+                name = f"{family}_{form.name}"
+                asked[name] += len(mine)
+                served[name] += len({rollout.problem.id for rollout in kept})
+                context.log(f"{family}, {form.name}: {len(kept)} samples kept for {len(mine)} problems")
     if not rows:
         raise HeadwaterError(
             "distill: no expert answered any problem correctly; train the experts longer, "
@@ -70,9 +71,11 @@ def run(config: DistillConfig, context: StageContext) -> None:
         raise HeadwaterError(
             f"distill: {total - passed} of {total} kept samples fail when read back and verified"
         )
-    context.write_json("stats.json", {"samples": total, "asked": asked, "reverified": passed})
+    context.write_json("stats.json", {"samples": total, "asked": asked.total(), "reverified": passed})
     context.metric("samples", total)
-    context.metric("kept", len(served) / asked)
+    context.metric("kept", served.total() / asked.total())
+    for name, count in asked.items():
+        context.metric(f"kept_{name}", served[name] / count)
     context.metric("reverified", passed / total)
 
 

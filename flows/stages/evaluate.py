@@ -27,6 +27,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
 
     from data.chat import EOS, ChatTokenizer
     from data.loader import ShardLoader
+    from flows.training import check_shards
     from infra.errors import HeadwaterError
     from model.checkpoint import load_model
     from model.engine.engine import Engine
@@ -40,21 +41,21 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     checkpoint = context.input("checkpoint")
     tokenizer = ChatTokenizer(checkpoint.file("tokenizer.json"))
     model = load_model(checkpoint.path)
-    held = problem_sets.read(context.input("problems").file("heldout.parquet"), config.families)
-    if not config.families:
-        held = [p for p in held if p.thought]
-    families = sorted({p.family for p in held})
-    each = config.problems // len(families)
-    asked = [p for family in families for p in [q for q in held if q.family == family][:each]]
-    if len(asked) < config.problems - len(families):
-        raise HeadwaterError(
-            f"evaluate.problems is {config.problems}, but only {len(asked)} held-out problems of "
-            f"{', '.join(families)} exist: raise held_out in the tasks stage"
-        )
+    held = problem_sets.read_asked(context.input("problems").file("heldout.parquet"), config.families)
+    by_family = problem_sets.spread(held, sorted({p.family for p in held}), config.problems)
+    each = max(1, config.problems // len(by_family))
+    for family, mine in by_family.items():
+        if len(mine) < each:
+            raise HeadwaterError(
+                f"evaluate.problems is {config.problems}, which makes {each} of each of {len(by_family)} "
+                f"families, but {len(mine)} held-out problems of {family} exist: raise held_out in the tasks "
+                "stage, or ask for fewer"
+            )
+    asked = [problem for mine in by_family.values() for problem in mine]
     engine = Engine(model, [EOS])
     sampling = Sampling(config.max_tokens, config.temperature, seed=config.seed)
     table: dict[str, list[dict[str, float | str]]] = {}
-    shown = []
+    shown: list[dict[str, str | bool]] = []
     for name, system in (("plain", ""), ("system", SYSTEM)):
         rollouts = sample(engine, tokenizer, asked, [system] * len(asked), sampling, config.samples)
         table[name] = [asdict(score) for score in scores(rollouts)]
@@ -79,7 +80,8 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         context.metric(f"pass_at_1_{score['family']}", score["passed"])
     context.metric("responses", len(asked) * config.samples)
     for shards in context.inputs_of("shards"):
-        source = ShardLoader(shards.path / "heldout", 1, config.seed)
+        check_shards(shards, set(), model.config.vocab_size)
+        source = ShardLoader(shards.folder("heldout"), 1, config.seed)
         loss, targets = held_out_loss(model, source, source.rows)
         context.metric("text_loss", loss)
         size = shards.json("stats.json")["heldout"]["bytes"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from infra.config import StageConfig, placement
@@ -11,7 +13,9 @@ from infra.stage import InputSpec, Stage, StageContext
 class ExpertConfig(StageConfig):
     """The domain, and how its expert learns it (report §5.1)."""
 
-    families: list[str] = Field(default_factory=lambda: ["addition"], description="Families of the domain")
+    families: list[str] = Field(
+        default_factory=lambda: ["addition"], min_length=1, description="Families of the domain"
+    )
     problems: int = Field(1000, gt=0, description="Problems used for SFT, spread evenly over the families")
     direct_share: float = Field(
         0.6, ge=0, le=1, description="Share of samples without the system prompt that answer at once"
@@ -19,7 +23,7 @@ class ExpertConfig(StageConfig):
     epochs: float = Field(1.0, gt=0, description="Passes of SFT")
     batch_rows: int = Field(16, gt=0, description="Packed rows an SFT step")
     sequence_length: int = Field(256, gt=1, description="Tokens a row")
-    optimizer: str = Field("adamw", description="adamw, or muon (SFT only)")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw, or muon (SFT only)")
     sft_lr: float = Field(5e-4, gt=0, description="Peak learning rate of SFT")
     muon_lr: float = Field(2e-3, gt=0, description="Peak learning rate of SFT for Muon's parameters")
     rl_steps: int = Field(20, ge=0, description="Batches of rollouts")
@@ -41,7 +45,6 @@ def run(config: ExpertConfig, context: StageContext) -> None:
     from data.chat import ChatTokenizer
     from flows.training import checkpoint_metrics, copy_tokenizer, progress, publish_rl, publish_training
     from infra.checkpoint import Checkpoints
-    from infra.errors import HeadwaterError
     from model.checkpoint import load_model, save_model
     from model.optim.build import OptimizerConfig, build_optimizer
     from post_training import problem_sets
@@ -57,26 +60,27 @@ def run(config: ExpertConfig, context: StageContext) -> None:
     rng = random.Random(f"{config.seed}/expert")
     rng.shuffle(problems)
     taught: list[Conversation] = []
-    for family in config.families:
-        mine = [p for p in problems if p.family == family][: config.problems // len(config.families)]
-        if not mine:
-            raise HeadwaterError(f"expert.families names {family!r}, of which there are no problems")
+    for mine in problem_sets.spread(problems, config.families, config.problems).values():
         for p in mine:
             direct = rng.random() < config.direct_share
             taught.append(Conversation(p.prompt, "" if direct else p.thought, p.boxed))
-            taught.append(Conversation(p.prompt, p.thought, p.boxed, SYSTEM))
+            # Without a thought to show, the prompt that asks for one would teach to ignore it.
+            if p.thought:
+                taught.append(Conversation(p.prompt, p.thought, p.boxed, SYSTEM))
     packed = PackedSamples(tokenizer, taught, config.sequence_length, config.seed)
+    context.log(f"{len(taught)} samples in {packed.count} rows, {packed.left_out} too long and left out")
     model = load_model(base.path)
     settings = OptimizerConfig(
         name=config.optimizer, lr=config.sft_lr, muon_lr=config.muon_lr, weight_decay=0.0
     )
     sft_log = context.scratch / "sft.jsonl"
-    total = max(1, round(config.epochs * packed.count / config.batch_rows))
+    sft = SFTConfig(config.epochs, config.batch_rows)
+    total = sft.steps(packed.count)
     fine_tune(
         model,
         build_optimizer(model, settings),
         packed,
-        SFTConfig(config.epochs, config.batch_rows),
+        sft,
         Checkpoints(context.scratch / "sft", log=context.log),
         sft_log,
         progress(context, lambda position: position.step, total),
@@ -85,7 +89,7 @@ def run(config: ExpertConfig, context: StageContext) -> None:
     publish_training(context, sft_log, "sft")
     if config.rl_steps:
         rl_log = context.scratch / "rl.jsonl"
-        optimize(
+        position = optimize(
             model,
             copy.deepcopy(model).eval(),
             build_optimizer(model, OptimizerConfig(name="adamw", lr=config.rl_lr, weight_decay=0.0)),
@@ -105,11 +109,12 @@ def run(config: ExpertConfig, context: StageContext) -> None:
             rl_log,
             progress(context, lambda position: position.step, config.rl_steps),
         )
-        publish_rl(context, rl_log)
+        publish_rl(context, rl_log, position)
     save_model(model, context.out)
     copy_tokenizer(base.file("tokenizer.json"), context)
     context.write_json("expert.json", {"families": config.families})
     context.metric("families", ", ".join(config.families))
+    context.metric("left_out", packed.left_out)
     checkpoint_metrics(context, model)
 
 

@@ -39,7 +39,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
     atomic_write_json(context.out / "logs" / "provenance.json", statement(open_store(home), checkpoint))
     context.metric("files", len(list(context.out.iterdir())))
     for evaluation in evaluations:
-        if any(ref.id == checkpoint.id and ref.stage == checkpoint.stage for ref in evaluation.record.inputs):
+        if any(ref.digest == checkpoint.digest for ref in evaluation.record.inputs):
             for name in ("pass_at_1", "format", "bits_per_byte"):
                 if name in evaluation.metrics:
                     context.metric(name, evaluation.metrics[name])

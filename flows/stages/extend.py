@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated, Literal
+
 from pydantic import Field
 
 from infra.config import Section, StageConfig, placement
 from infra.stage import InputSpec, Stage, StageContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model.train import BatchSource
 
 
 class Phase(Section):
@@ -19,17 +26,22 @@ class Phase(Section):
 class ExtendConfig(StageConfig):
     """YaRN factors, fine-tuning on long rows, and the grid that shows what it brings."""
 
-    phases: list[Phase] = Field(default_factory=lambda: [Phase()], description="Phases in order")
+    phases: list[Phase] = Field(
+        default_factory=lambda: [Phase()], min_length=1, description="Phases in order"
+    )
     batch_rows: int = Field(4, gt=0, description="Long sequences a step")
     lr: float = Field(7.3e-6, gt=0, description="Constant learning rate of AdamW's parameters")
     muon_lr: float = Field(1e-3, gt=0, description="Constant learning rate of Muon's parameters")
-    optimizer: str = Field("adamw", description="adamw as in the report, or muon")
-    grid_lengths: list[float] = Field(
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw as in the report, or muon")
+    grid_lengths: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
+        min_length=1,
         description="Context lengths of the grid, in multiples of the original context",
     )
-    grid_depths: list[float] = Field(
-        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0], description="Places of the key, 0 start to 1 end"
+    grid_depths: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0],
+        min_length=1,
+        description="Places of the key, 0 start to 1 end",
     )
     grid_repeats: int = Field(8, gt=0, description="Keys asked for a cell of the grid")
     micro_rows: int = placement(4, gt=0, description="Sequences whose activations are held at once")
@@ -37,33 +49,49 @@ class ExtendConfig(StageConfig):
 
 
 def run(config: ExtendConfig, context: StageContext) -> None:
-    import json
-
     from data.chat import EOS, ChatTokenizer
     from data.loader import ShardLoader
     from flows import plots
-    from flows.training import checkpoint_metrics, copy_tokenizer, progress, publish_training
+    from flows.training import (
+        check_shards,
+        checkpoint_metrics,
+        copy_tokenizer,
+        progress,
+        publish_training,
+    )
     from infra.checkpoint import Checkpoints
+    from infra.errors import HeadwaterError
     from model.checkpoint import load_model, save_model
     from model.engine.engine import Engine
     from model.optim.build import OptimizerConfig, build_optimizer
     from model.train import LoopConfig, Position, Step, train
-    from post_training.evaluate import passkey_grid
+    from post_training.evaluate import PASSKEY_TOKENS, passkey_cells, passkey_grid
 
     base = context.input("base")
     tokenizer = ChatTokenizer(base.file("tokenizer.json"))
-    source = ShardLoader(context.input("shards").path / "train", config.batch_rows, config.seed)
+    shards = context.input("shards")
+    source = ShardLoader(shards.folder("train"), config.batch_rows, config.seed)
     model = load_model(base.path)
     original = model.config
+    check_shards(
+        shards, {ref.digest for ref in base.record.inputs if ref.role == "tokenizer"}, original.vocab_size
+    )
+    for number, phase in enumerate(config.phases, start=1):
+        reach = original.extended(phase.factor).max_position_embeddings
+        if phase.steps and source.sequence_length > reach:
+            raise HeadwaterError(
+                f"rows of {source.sequence_length} tokens do not fit the context of {reach} of extend.phases "
+                f"{number} (factor {phase.factor:g}): pack shorter rows, or give that phase a node of its own"
+            )
     context_length = original.original_max_position_embeddings
-    lengths = [int(multiple * context_length) - 24 for multiple in config.grid_lengths]
+    lengths = sorted({int(multiple * context_length) - PASSKEY_TOKENS for multiple in config.grid_lengths})
+    depths = sorted(set(config.grid_depths))
+    cells = passkey_cells(tokenizer, lengths, depths, config.grid_repeats, config.seed)
     grids: dict[str, dict[int, dict[float, float]]] = {}
 
     def measure(name: str) -> None:
-        engine = Engine(model, [EOS], max_rows=32, context=max(lengths) + 24)
-        grids[name] = passkey_grid(
-            engine, tokenizer, lengths, config.grid_depths, config.grid_repeats, config.seed
-        )
+        engine = Engine(model, [EOS], max_rows=32, context=lengths[-1] + PASSKEY_TOKENS)
+        grids[name] = passkey_grid(engine, tokenizer, cells)
         longest = grids[name][lengths[-1]]
         context.metric(f"passkey_{name}", sum(longest.values()) / len(longest))
 
@@ -102,14 +130,18 @@ def run(config: ExtendConfig, context: StageContext) -> None:
     measure("after")
     save_model(model, context.out)
     copy_tokenizer(base.file("tokenizer.json"), context)
-    context.write_json("passkey.json", json.loads(json.dumps(grids)))
-    depths = [f"{depth:g}" for depth in config.grid_depths]
+    by_name = {
+        name: {
+            str(length): {str(depth): found for depth, found in row.items()} for length, row in grid.items()
+        }
+        for name, grid in grids.items()
+    }
+    context.write_json("passkey.json", by_name)
     for name, grid in grids.items():
-        cells = [[grid[length][depth] for length in lengths] for depth in config.grid_depths]
         plots.heat(
             context.out / "plots" / f"passkey_{name}.png",
-            cells,
-            depths,
+            [[grid[length][depth] for length in lengths] for depth in depths],
+            [f"{depth:g}" for depth in depths],
             [str(length) for length in lengths],
             f"prompt tokens ({name.replace('_', ' ')})",
             "depth of the key",
@@ -121,10 +153,10 @@ def run(config: ExtendConfig, context: StageContext) -> None:
 class _Offset:
     """A batch source that starts further on, so that a later phase sees rows the earlier one did not."""
 
-    def __init__(self, source, offset: int) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, source: BatchSource, offset: int) -> None:
         self.source, self.offset = source, offset
 
-    def stream(self, start: int, count: int):  # type: ignore[no-untyped-def]
+    def stream(self, start: int, count: int) -> dict[str, Tensor]:
         return self.source.stream(self.offset + start, count)
 
 

@@ -3,10 +3,18 @@ one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from infra.config import StageConfig, placement
 from infra.stage import InputSpec, Stage, StageContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from post_training.rollout import Rollout
 
 
 class GRPOStageConfig(StageConfig):
@@ -37,6 +45,8 @@ def run(config: GRPOStageConfig, context: StageContext) -> None:
     from data.chat import ChatTokenizer
     from flows.training import checkpoint_metrics, copy_tokenizer, progress, publish_rl
     from infra.checkpoint import Checkpoints
+    from infra.errors import HeadwaterError
+    from infra.files import sha256_file
     from model.checkpoint import load_model, save_model
     from model.optim.build import OptimizerConfig, build_optimizer
     from post_training import problem_sets
@@ -48,12 +58,16 @@ def run(config: GRPOStageConfig, context: StageContext) -> None:
 
     policy = context.input("policy")
     tokenizer = ChatTokenizer(policy.file("tokenizer.json"))
-    problems = problem_sets.read(context.input("problems").file("train.parquet"), config.families)
-    if not config.families:
-        problems = [p for p in problems if p.thought]
+    problems = problem_sets.read_asked(context.input("problems").file("train.parquet"), config.families)
+    for artifact in context.inputs_of("reward"):
+        if sha256_file(artifact.file("tokenizer.json")) != sha256_file(policy.file("tokenizer.json")):
+            raise HeadwaterError(
+                f"{artifact.ref} reads another tokenizer than {policy.ref} writes: train the reward model "
+                "from a checkpoint of the same chain"
+            )
     judges = [load_reward_model(artifact.path) for artifact in context.inputs_of("reward")]
 
-    def reward(rollouts):  # type: ignore[no-untyped-def]
+    def reward(rollouts: Sequence[Rollout]) -> Tensor:
         total = rule_rewards(rollouts, config.format_weight)
         for judge in judges:
             total = total + config.reward_model_weight * model_rewards(judge, rollouts)
@@ -61,7 +75,7 @@ def run(config: GRPOStageConfig, context: StageContext) -> None:
 
     model = load_model(policy.path)
     log_file = context.scratch / "rl.jsonl"
-    optimize(
+    position = optimize(
         model,
         load_model(policy.path).eval(),
         build_optimizer(model, OptimizerConfig(name="adamw", lr=config.lr, weight_decay=0.0)),
@@ -83,10 +97,10 @@ def run(config: GRPOStageConfig, context: StageContext) -> None:
     save_model(model, context.out)
     copy_tokenizer(policy.file("tokenizer.json"), context)
     checkpoint_metrics(context, model)
-    publish_rl(context, log_file)
+    publish_rl(context, log_file, position)
     # Rollout and reference one forward pass each, forward and backward three an update, the reward model one.
     passes = 2 + (1 if config.updates > 1 else 0) + 3 * config.updates + len(judges)
-    context.metric("forward_passes", float(passes * context.metrics["sequence_tokens"]))
+    context.metric("forward_passes", float(passes * position.tokens))
 
 
 STAGE = Stage(

@@ -38,7 +38,13 @@ def run(config: PretrainConfig, context: StageContext) -> None:
     import math
 
     from data.loader import ShardLoader
-    from flows.training import checkpoint_metrics, copy_tokenizer, progress, publish_training
+    from flows.training import (
+        check_shards,
+        checkpoint_metrics,
+        copy_tokenizer,
+        progress,
+        publish_training,
+    )
     from infra.checkpoint import Checkpoints
     from infra.errors import HeadwaterError
     from model.checkpoint import save_model
@@ -48,20 +54,9 @@ def run(config: PretrainConfig, context: StageContext) -> None:
     from model.transformer import build
 
     shards, tokenizer = context.input("shards"), context.input("tokenizer")
-    source = ShardLoader(shards.path / "train", config.batch_rows, config.seed)
-    held_out = ShardLoader(shards.path / "heldout", 1, config.seed)
-    made_with = [ref for ref in shards.record.inputs if ref.role == "tokenizer"]
-    if any(ref.digest != tokenizer.digest for ref in made_with):
-        raise HeadwaterError(
-            f"{shards.ref} was packed with {made_with[0].ref}, not with {tokenizer.ref}: the checkpoint would "
-            "carry a tokenizer that it does not understand. Give pretrain the tokenizer of its shards"
-        )
-    vocabulary = shards.json("stats.json")["vocab_size"]
-    if vocabulary > config.model.vocab_size:
-        raise HeadwaterError(
-            f"pretrain.model.vocab_size is {config.model.vocab_size}, but {shards.ref} uses "
-            f"{vocabulary} tokens: set it to at least that"
-        )
+    source = ShardLoader(shards.folder("train"), config.batch_rows, config.seed)
+    held_out = ShardLoader(shards.folder("heldout"), 1, config.seed)
+    check_shards(shards, {tokenizer.digest}, config.model.vocab_size)
     if source.sequence_length > config.model.original_max_position_embeddings:
         raise HeadwaterError(
             f"rows of {source.sequence_length} tokens do not fit "

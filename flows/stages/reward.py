@@ -34,14 +34,13 @@ def run(config: RewardConfig, context: StageContext) -> None:
     from model.engine.sampling import Sampling
     from model.optim.build import OptimizerConfig
     from post_training import problem_sets
-    from post_training.reward import RewardModel, accuracy, pairs_of, save_reward_model, train_reward
+    from post_training.reward import Pair, RewardModel, accuracy, pairs_of, save_reward_model, train_reward
     from post_training.rollout import sample
     from post_training.tasks.problem import SYSTEM, is_held_out
 
     policy = context.input("policy")
     tokenizer = ChatTokenizer(policy.file("tokenizer.json"))
-    problems = problem_sets.read(context.input("problems").file("train.parquet"))
-    problems = [p for p in problems if p.thought]
+    problems = problem_sets.read_asked(context.input("problems").file("train.parquet"))
     rng = random.Random(f"{config.seed}/reward")
     rng.shuffle(problems)
     problems = problems[: config.problems]
@@ -49,16 +48,19 @@ def run(config: RewardConfig, context: StageContext) -> None:
     engine = Engine(load_model(policy.path), [EOS])
     sampling = Sampling(config.max_tokens, config.temperature, seed=config.seed)
     rollouts = sample(engine, tokenizer, problems, systems, sampling, config.samples)
-    pairs, held = [], []
+    pairs: list[Pair] = []
+    held: list[Pair] = []
     for start in range(0, len(rollouts), config.samples):
         group = rollouts[start : start + config.samples]
         # Another salt than the split of problems: these are all training problems.
         target = held if is_held_out(group[0].problem, config.held_out_share, "reward") else pairs
         target += pairs_of(group)
+    correct = sum(rollout.verdict.correct for rollout in rollouts)
     if not pairs or not held:
         raise HeadwaterError(
-            f"reward: {len(pairs)} training and {len(held)} held-out pairs; the policy answers every problem "
-            "always right or always wrong. Raise reward.problems, reward.samples or reward.temperature"
+            f"reward: {len(pairs)} training and {len(held)} held-out pairs of a right and a wrong response, "
+            f"from {correct} right ones of {len(rollouts)}. Raise reward.problems, reward.samples or "
+            "reward.temperature, or train the policy to be right sometimes and not always"
         )
     context.log(f"{len(pairs)} pairs to learn from, {len(held)} held out")
     model = RewardModel(load_model(policy.path))
@@ -81,7 +83,7 @@ def run(config: RewardConfig, context: StageContext) -> None:
     context.metric("held_out_pairs", len(held))
     context.metric("held_out_accuracy", accuracy(model, held))
     checkpoint_metrics(context, model)
-    publish_training(context, log_file)
+    publish_training(context, log_file, unit="nats per pair")
 
 
 STAGE = Stage(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from infra.config import StageConfig, placement
@@ -19,7 +21,7 @@ class SFTStageConfig(StageConfig):
     warmup: int = Field(10, ge=0, description="Steps of linear warmup")
     lr: float = Field(5e-6, gt=0, description="Peak learning rate of AdamW's parameters")
     floor: float = Field(0.2, ge=0, le=1, description="Last learning rate over the peak")
-    optimizer: str = Field("adamw", description="adamw as in the report, or muon")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw as in the report, or muon")
     muon_lr: float = Field(2e-3, gt=0, description="Peak learning rate of Muon's parameters")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     direct_families: list[str] = Field(
@@ -33,7 +35,7 @@ def run(config: SFTStageConfig, context: StageContext) -> None:
     from data.chat import ChatTokenizer
     from flows.training import checkpoint_metrics, copy_tokenizer, progress, publish_training
     from infra.checkpoint import Checkpoints
-    from infra.errors import HeadwaterError
+    from infra.errors import HeadwaterError, nearest
     from model.checkpoint import load_model, save_model
     from model.optim.build import OptimizerConfig, build_optimizer
     from post_training import problem_sets
@@ -45,10 +47,15 @@ def run(config: SFTStageConfig, context: StageContext) -> None:
     samples: list[Conversation] = []
     for artifact in context.inputs_of("samples"):
         samples += read_samples(artifact.file("samples.parquet"))
-    if config.direct_families:
-        for artifact in context.inputs_of("problems"):
-            problems = problem_sets.read(artifact.file("train.parquet"), config.direct_families)
-            samples += [Conversation(p.prompt, "", p.boxed) for p in problems]
+    problems = [p for a in context.inputs_of("problems") for p in problem_sets.read(a.file("train.parquet"))]
+    for family in config.direct_families:
+        direct = [Conversation(p.prompt, "", p.boxed) for p in problems if p.family == family]
+        if not direct:
+            raise HeadwaterError(
+                f"sft.direct_families names {family!r}, of which the problems input holds none; "
+                f"{nearest(family, {p.family for p in problems})}"
+            )
+        samples += direct
     if not samples:
         raise HeadwaterError(
             "sft: no samples; give it a distill artifact, or problems and sft.direct_families"
@@ -63,15 +70,15 @@ def run(config: SFTStageConfig, context: StageContext) -> None:
         ),
     )
     log_file = context.scratch / "metrics.jsonl"
-    total = max(1, round(config.epochs * packed.count / config.batch_rows))
+    sft = SFTConfig(config.epochs, config.batch_rows, config.warmup, config.floor)
     position = fine_tune(
         model,
         optimizer,
         packed,
-        SFTConfig(config.epochs, config.batch_rows, config.warmup, config.floor),
+        sft,
         Checkpoints(context.scratch / "checkpoints", log=context.log),
         log_file,
-        progress(context, lambda position: position.step, total),
+        progress(context, lambda position: position.step, sft.steps(packed.count)),
         config.checkpoint_every,
     )
     save_model(model, context.out)

@@ -24,7 +24,11 @@ class TasksConfig(StageConfig):
         description="Problems by family: addition, reversal, sorting, passkey",
     )
     held_out_share: float = Field(
-        0.1, gt=0, lt=1, description="Share of the space of problems never trained on"
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of the space of problems never trained on. Leave it the same in all nodes of a "
+        "run: with a smaller share, what another node holds out would be trained on",
     )
     direct_share: float = Field(
         0.0, ge=0, le=1, description="Share of reasoned problems written without thought"
@@ -35,8 +39,13 @@ class TasksConfig(StageConfig):
 
 
 def run(config: TasksConfig, context: StageContext) -> None:
+    from infra.errors import HeadwaterError
     from post_training import problem_sets
 
+    if not any(count.train + count.held_out for count in config.families.values()):
+        raise HeadwaterError(
+            "tasks.families asks for no problem at all: give a family with train or held_out"
+        )
     train: list[dict[str, str]] = []
     held: list[dict[str, str]] = []
     for name, count in sorted(config.families.items()):

@@ -48,7 +48,7 @@ class BigramModel:
         tune = (np.arange(len(targets)) // 64) % every == 0
         self._count(contexts[~tune], targets[~tune])
         self.bigram_weights = np.full(_BUCKETS, 0.5)
-        self.uniform_weight = 0.01
+        self.uniform_weight = 0.01 if len(targets) else 1.0
         self._fit(contexts[tune], targets[tune])
         self._count(contexts, targets)
 
@@ -81,6 +81,9 @@ class BigramModel:
             self.bigram_weights = np.where(size > 0, fitted, self.bigram_weights)
             uniform = (1 - weight) * self.uniform_weight / self.vocab_size / whole
             self.uniform_weight = float(uniform.sum() / max((1 - from_bigram).sum(), 1e-12))
+        for place in range(1, _BUCKETS):  # a bucket that the slice never met does as the one below
+            if len(targets) and not (bucket == place).any():
+                self.bigram_weights[place] = self.bigram_weights[place - 1]
         self.uniform_weight = min(max(self.uniform_weight, 1e-4), 1.0)  # no target is impossible
         self.bigram_weights = np.clip(self.bigram_weights, 0.0, 1.0 - 1e-4)
         self.bigram_weights[0] = 0.0

@@ -11,7 +11,7 @@ PROMPTS = [(3, 9, 4), (5,), (3, 9, 4, 8, 8, 2, 60, 1, 17), (3, 9, 4), (33, 2, 2,
 
 
 def scored(model, prompt: tuple[int, ...], answer: list[int]) -> torch.Tensor:
-    """Log-probabilities of every token at the answer's positions, by one forward pass: [answer, vocabulary]."""
+    """Log-probabilities at the answer's positions, by one forward pass: [answer, vocabulary]."""
     with torch.no_grad():
         states = model(torch.tensor([[*prompt, *answer]])).states_BTD[0]
         return model.logits(states)[0, len(prompt) - 1 : -1].log_softmax(-1)

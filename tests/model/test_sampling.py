@@ -68,9 +68,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it_renormalised():
 def test_the_ends_of_the_interval_choose_tokens_that_can_be_chosen():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
     last = 1 - 2.0**-53
-    picked = [
-        int(choose(logits, 1.0, p, torch.tensor([d]).double())) for p in (1.0, 0.9) for d in (0.0, last)
-    ]
+    ends = [(p, d) for p in (1.0, 0.9) for d in (0.0, last)]
+    picked = [int(choose(logits, 1.0, p, torch.tensor([d], dtype=torch.float64))) for p, d in ends]
     assert picked == [1, 3, 1, 3]
 
 

@@ -1,5 +1,7 @@
 """Schedules at the points that the report gives (section 4.2)."""
 
+from itertools import pairwise
+
 import pytest
 
 from model.schedule import Schedule, cosine
@@ -29,7 +31,7 @@ def test_learning_rate(tokens, lr):
 
 def test_the_learning_rate_never_jumps_up():
     scales = [REPORT.lr_scale(REPORT.warmup + i * (REPORT.total - REPORT.warmup) / 5000) for i in range(5001)]
-    assert all(later <= earlier for earlier, later in zip(scales, scales[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(scales))
 
 
 def test_batch_size_rises_from_3072_to_15360_sequences():
@@ -60,6 +62,6 @@ def test_fine_tuning_rises_and_falls_to_its_floor():
     assert values[9] == values[10] == 1.0
     assert values[55] == pytest.approx(0.6)
     assert values[100] == pytest.approx(0.2)
-    assert all(later <= earlier for earlier, later in zip(values[10:], values[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values[10:]))
     assert cosine(200, 100, 10, 0.2) == pytest.approx(0.2)
     assert cosine(0, 1, 0, 0.2) == 1.0

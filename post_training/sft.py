@@ -40,6 +40,8 @@ class SFTConfig:
     """Passes over the samples."""
     batch_rows: int = 16
     """Packed rows a step."""
+    micro_rows: int = 8
+    """Rows of a micro-batch."""
     warmup: int = 10
     """Steps of linear warmup."""
     floor: float = 0.2
@@ -111,5 +113,10 @@ def fine_tune(
             return None
         return Step(config.batch_rows, cosine(position.step, steps, config.warmup, config.floor))
 
-    loop = LoopConfig(mask_documents=True, micro_rows=config.batch_rows, checkpoint_every=checkpoint_every)
+    loop = LoopConfig(
+        mask_documents=True,
+        micro_rows=config.micro_rows,
+        lanes=torch.get_num_threads(),
+        checkpoint_every=checkpoint_every,
+    )
     return train(model, optimizer, samples, schedule, loop, checkpoints, log_file, progress)

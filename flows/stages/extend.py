@@ -30,6 +30,9 @@ class ExtendConfig(StageConfig):
         default_factory=lambda: [Phase()], min_length=1, description="Phases in order"
     )
     batch_rows: int = Field(4, gt=0, description="Long sequences a step")
+    micro_rows: int = Field(
+        2, gt=0, description="Sequences of a micro-batch; its size decides how gradient sums are rounded"
+    )
     lr: float = Field(7.3e-6, gt=0, description="Constant learning rate of AdamW's parameters")
     muon_lr: float = Field(1e-3, gt=0, description="Constant learning rate of Muon's parameters")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw as in the report, or muon")
@@ -44,11 +47,12 @@ class ExtendConfig(StageConfig):
         description="Places of the key, 0 start to 1 end",
     )
     grid_repeats: int = Field(8, gt=0, description="Keys asked for a cell of the grid")
-    micro_rows: int = placement(4, gt=0, description="Sequences whose activations are held at once")
     checkpoint_every: int = placement(20, gt=0, description="Steps between checkpoints")
 
 
 def run(config: ExtendConfig, context: StageContext) -> None:
+    import torch
+
     from data.chat import EOS, ChatTokenizer
     from data.loader import ShardLoader
     from flows import plots
@@ -121,7 +125,11 @@ def run(config: ExtendConfig, context: StageContext) -> None:
             optimizer,
             _Offset(source, offset),
             schedule,
-            LoopConfig(micro_rows=config.micro_rows, checkpoint_every=config.checkpoint_every),
+            LoopConfig(
+                micro_rows=config.micro_rows,
+                lanes=torch.get_num_threads(),
+                checkpoint_every=config.checkpoint_every,
+            ),
             Checkpoints(context.scratch / f"checkpoints{number}", log=context.log),
             log_file,
             progress(context, lambda position: position.step, steps),

@@ -19,6 +19,9 @@ class PretrainConfig(StageConfig):
     model: ModelConfig = Field(default_factory=ModelConfig, description="Architecture")
     tokens: int = Field(2_400_000, gt=0, description="Tokens to train on; the schedule is scaled to them")
     batch_rows: int = Field(16, gt=0, description="Sequences a step at full batch size")
+    micro_rows: int = Field(
+        4, gt=0, description="Sequences of a micro-batch; its size decides how gradient sums are rounded"
+    )
     batch_ramp: bool = Field(True, description="Ramp the batch size up over the first 3.2% of the tokens")
     warmup: float = Field(0.03, gt=0, lt=1, description="Learning-rate warmup, as a share of the tokens")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw as in the report, or muon")
@@ -29,13 +32,14 @@ class PretrainConfig(StageConfig):
     bias_speed: float = Field(0.001, ge=0, description="Gamma: step of the routing bias a training step")
     balance_weight: float = Field(1e-4, ge=0, description="Alpha: weight of the sequence-wise balance loss")
     precision: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="Format of the large products")
-    micro_rows: int = placement(16, gt=0, description="Sequences whose activations are held at once")
     checkpoint_every: int = placement(100, gt=0, description="Steps between checkpoints")
     watch_rows: int = placement(32, ge=0, description="Held-out rows measured at each checkpoint")
 
 
 def run(config: PretrainConfig, context: StageContext) -> None:
     import math
+
+    import torch
 
     from data.loader import ShardLoader
     from flows.training import (
@@ -99,6 +103,7 @@ def run(config: PretrainConfig, context: StageContext) -> None:
     loop = LoopConfig(
         config.balance_weight,
         config.micro_rows,
+        lanes=torch.get_num_threads(),
         mask_documents=False,
         checkpoint_every=config.checkpoint_every,
     )

@@ -70,7 +70,7 @@ def run(config: SFTStageConfig, context: StageContext) -> None:
         ),
     )
     log_file = context.scratch / "metrics.jsonl"
-    sft = SFTConfig(config.epochs, config.batch_rows, config.warmup, config.floor)
+    sft = SFTConfig(config.epochs, config.batch_rows, warmup=config.warmup, floor=config.floor)
     position = fine_tune(
         model,
         optimizer,

@@ -83,14 +83,12 @@ class Deduplicator:
         self._sizes.append(len(document.text))
         self._set_of.append(self._sets.append(found))
 
-    def find(self) -> Found:
-        """Compare everything. The scratch file is removed; a Deduplicator serves once."""
-        try:
-            return self._find()
-        finally:
-            self._sets.close()
+    def close(self) -> None:
+        """Remove the scratch file; a Deduplicator serves once."""
+        self._sets.close()
 
-    def _find(self) -> Found:
+    def find(self) -> Found:
+        """Compare everything."""
         old = sum(len(index.ids) for index, _ in self._old)
         ids = [name for index, _ in self._old for name in index.ids] + self._ids
         # Place in the order of preference: older documents as they come, then longer, then smaller id.

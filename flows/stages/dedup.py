@@ -21,6 +21,7 @@ class DedupConfig(StageConfig):
 
 
 def run(config: DedupConfig, context: StageContext) -> None:
+    import contextlib
     import time
 
     from data.dedup.deduplicate import Deduplicator
@@ -32,15 +33,15 @@ def run(config: DedupConfig, context: StageContext) -> None:
     folder = documents.folder("documents")
     settings = Settings(config.ngram, config.bands, config.rows, config.threshold, config.seed)
     begun = time.perf_counter()
-    finder = Deduplicator(settings, context.scratch)
-    for older in context.inputs_of("index"):
-        finder.add_index(read_index(older.folder("index"), settings), older.folder("documents"))
     total = documents.metrics["documents"]
-    for place, document in enumerate(iter_documents(folder)):
-        finder.add(document)
-        if place % 500 == 0:
-            context.progress(place, total)
-    found = finder.find()
+    with contextlib.closing(Deduplicator(settings, context.scratch)) as finder:
+        for older in context.inputs_of("index"):
+            finder.add_index(read_index(older.folder("index"), settings), older.folder("documents"))
+        for place, document in enumerate(iter_documents(folder)):
+            finder.add(document)
+            if place % 500 == 0:
+                context.progress(place, total)
+        found = finder.find()
     context.timing("megabytes_per_second", documents.metrics["bytes"] / 1e6 / (time.perf_counter() - begun))
 
     rejected: list[tuple[str, str, str, str]] = []

@@ -40,6 +40,7 @@ def find(
     for one in documents:
         finder.add(one)
     found = finder.find()
+    finder.close()
     assert not list(scratch.glob("*.bin"))
     paths = {one.id: one.path for one in documents}
     return found, {paths[v.id] for v in found.verdicts if v.kept}

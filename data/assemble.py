@@ -43,7 +43,7 @@ class Plan:
     split_rate: float
     direct_share: float
     prompt_loss: bool
-    ordered_below: int
+    mix_below: float  # pieces shorter than this share of a row are packed in random order
     seed: int
 
 
@@ -122,7 +122,7 @@ def _shuffled(groups: Mapping[str, Group], seed: int) -> np.ndarray:
 
 def _write_rows(pieces: Pieces, numbers: np.ndarray, plan: Plan, folder: Path) -> dict[str, Any]:
     lengths = pieces.lengths()[numbers]
-    rows = pack(lengths, plan.sequence_length, plan.ordered_below)
+    rows = pack(lengths, plan.sequence_length, int(plan.mix_below * plan.sequence_length))
     writer = ShardWriter(folder, plan.sequence_length)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         some = rows[start : start + _ROWS_AT_ONCE]

@@ -33,11 +33,12 @@ class PackConfig(StageConfig):
         0.0, ge=0, le=1, description="Share of problems whose thought is left out, beside what tasks left out"
     )
     prompt_loss: bool = Field(True, description="Problems' prompts are targets too, as all text is")
-    ordered_below: int = Field(
-        0,
+    mix_below: float = Field(
+        0.5,
         ge=0,
-        description="Pieces shorter than this are packed in random order instead of by length: rows mix "
-        "lengths, the fill is a little lower",
+        le=1,
+        description="Pieces shorter than this share of a row are packed in random order. Sorted by length as "
+        "the longer ones are, nearly every row would hold pieces of one kind; the fill is 1% lower",
     )
 
 

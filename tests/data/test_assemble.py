@@ -25,7 +25,7 @@ PLAN = Plan(
     split_rate=0.0,
     direct_share=0.0,
     prompt_loss=True,
-    ordered_below=0,
+    mix_below=0.5,
     seed=0,
 )
 
@@ -96,6 +96,18 @@ def test_shards_hold_the_mixture_that_was_asked_for(documents, problems, chat, t
     in_sum = sum(len(ids) for (ids, _), said in zip(found, written, strict=True) if "sum of" in said)
     assert in_sum == stats["sources"]["sum"]["tokens"]
     assert "word word" not in "".join(written)
+
+
+def test_rows_mix_lengths_and_kinds_unless_told_otherwise(documents, problems, chat, tmp_path):
+    def mixed(out: Path, **changes) -> float:
+        run(documents, problems, chat, out, sequence_length=256, token_budget=40_000, fim_rate=0.0, **changes)
+        reader = ShardReader(out / "train")
+        rows = reader.read(range(reader.rows)).segments
+        lengths = [np.bincount(row[row >= 0]) for row in rows]
+        return float(np.mean([len(set(few.tolist())) > 2 for few in lengths if len(few) > 2]))
+
+    assert mixed(tmp_path / "mixed") > 0.9
+    assert mixed(tmp_path / "sorted", mix_below=0.0) < 0.3
 
 
 def test_problems_stand_in_the_chat_layout(documents, problems, chat, tmp_path):

@@ -69,6 +69,8 @@ def assemble(
     """Write `out/train` and `out/heldout` and return the statistics."""
     families = read_problems(problems)
     targets = shares(plan.mixture, [TEXT, *families], plan.token_budget)
+    if unused := sorted({TEXT, *families} - set(targets)):
+        log(f"without a weight in the mixture, and so left out: {', '.join(unused)}")
     listed = divide(documents, plan.heldout_share)
     pieces = Pieces(scratch, "train")
     try:

@@ -182,6 +182,10 @@ def test_the_same_plan_gives_the_same_bytes(documents, problems, chat, tmp_path)
     assert len(files) >= 2
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    (tmp_path / "d" / "scratch").mkdir(parents=True)
+    (tmp_path / "d" / "scratch" / "train.ids.bin").write_bytes(b"left by a killed try" * 99)
+    run(documents, problems, chat, tmp_path / "d")
+    assert (tmp_path / "d" / files[0]).read_bytes() == (tmp_path / "a" / files[0]).read_bytes()
     run(documents, problems, chat, tmp_path / "c", seed=1)
     assert (tmp_path / "a" / files[-1]).read_bytes() != (tmp_path / "c" / files[-1]).read_bytes()
 

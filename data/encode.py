@@ -93,8 +93,11 @@ class ProblemEncoder:
         thoughts = [
             "" if unit("direct", self.seed, one.id) < self.direct_share else one.thought for one in problems
         ]
+        # Few problems have a system prompt of their own: each is encoded once.
+        systems = sorted({one.system for one in problems})
+        encoded = dict(zip(systems, self.tokenizer.encode_arrays(systems), strict=True))
         parts = [
-            self.tokenizer.encode_arrays([one.system for one in problems]),
+            [encoded[one.system] for one in problems],
             self.tokenizer.encode_arrays([one.prompt for one in problems]),
             self.tokenizer.encode_arrays(thoughts),
             self.tokenizer.encode_arrays([one.answer for one in problems]),

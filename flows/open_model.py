@@ -1,0 +1,30 @@
+"""Opening a checkpoint for use, whatever stage made it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from infra.artifact import Artifact
+from infra.errors import HeadwaterError
+
+if TYPE_CHECKING:
+    from data.chat import ChatTokenizer
+    from model.transformer import Transformer
+
+
+def open_model(artifact: Artifact) -> tuple[Transformer, ChatTokenizer]:
+    """Model and tokenizer of a training stage's checkpoint or of an exported `deepseek_v3` folder.
+
+    HeadwaterError when the artifact holds no model; CheckpointError when its tensors do not fit.
+    """
+    from data.chat import ChatTokenizer
+    from model.checkpoint import load_model
+    from model.hf import read_hf
+
+    if "tokenizer.json" not in artifact.names() or "config.json" not in artifact.names():
+        raise HeadwaterError(
+            f"{artifact.ref} holds no model: give a checkpoint (a run's sft or grpo node, say) or an export"
+        )
+    tokenizer = ChatTokenizer(artifact.file("tokenizer.json"))
+    model = read_hf(artifact.path) if artifact.stage == "export" else load_model(artifact.path)
+    return model, tokenizer

@@ -70,18 +70,16 @@ def _run(store: Store, preset: Preset, request: Request, terminal: Terminal) -> 
     look = Pipeline(store, preset, request.run, request.options, lambda node, event: None)
     left = look.resolve()
     if not left:
-        return _finish(store, look.result(), request)
+        result = look.result()
+        return result, report.finish(store, result)
     terminal.say(f"{len(left)} of {len(preset.nodes)} nodes to build in {store.home}")
     if request.prefect:
         recorded = _recorded(store, request, terminal)
         if recorded is not None:
             return recorded
     pipeline = Pipeline(store, preset, request.run, request.options, terminal.listen)
-    return _finish(store, asyncio.run(pipeline.execute()), request)
-
-
-def _finish(store: Store, result: Result, request: Request) -> tuple[Result, report.Report]:
-    return result, report.finish(store, result, list(request.sets), request.source)
+    result = asyncio.run(pipeline.execute())
+    return result, report.finish(store, result)
 
 
 def _recorded(store: Store, request: Request, terminal: Terminal) -> tuple[Result, report.Report] | None:

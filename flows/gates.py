@@ -124,7 +124,7 @@ def _terms(text: str, nodes: Collection[str], where: str) -> tuple[tuple[int, st
     terms = []
     for sign, part in zip(["+", *parts[1::2]], parts[::2], strict=True):
         node, dot, metric = part.partition(".")
-        if not dot or not metric or re.search(r"\s", part):
+        if not dot or not re.fullmatch(r"[\w.@/]+", metric):
             raise ConfigError(f"{where}: {part!r} is not node.metric (put spaces around + and -)")
         if node not in nodes:
             raise ConfigError(f"{where}: no node named {node!r}; {nearest(node, nodes)}")

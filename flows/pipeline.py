@@ -123,7 +123,7 @@ def pipeline_flow(listen: Listen | None = None, kept: list[Kept] | None = None) 
         heard = both(logged(get_run_logger()), listen)
         pipe = Pipeline(store, load(preset, settings), run, options, heard)
         result = await pipe.execute(lambda task: record_node(store, task, listen))
-        made = report.finish(store, result, list(settings), preset)
+        made = report.finish(store, result)
         if kept is not None:
             kept.append((result, made))
         await prefect_artifacts.publish_run(store, result, made.gates)

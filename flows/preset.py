@@ -68,6 +68,9 @@ class Preset:
     folders: tuple[Path, ...]
     promote: Promotion | None
     gates: tuple[Gate, ...]
+    # How to load it again, "" for a preset that was put together in memory.
+    source: str = ""
+    sets: tuple[str, ...] = ()
 
     def node(self, name: str) -> Node:
         """The node of that name, or the only node of that stage."""
@@ -151,6 +154,8 @@ def load(name_or_path: str, sets: Sequence[str] = ()) -> Preset:
         folders=folders,
         promote=read_promotion(document.get("promote"), nodes, f"{where}: promote"),
         gates=read_gates(document.get("gates"), nodes, f"{where}: gates"),
+        source=name_or_path if name_or_path in shipped() else str(Path(name_or_path).absolute()),
+        sets=tuple(sets),
     )
 
 

@@ -85,7 +85,7 @@ class Report:
         return self.home / "reports" / self.run / "report.html"
 
 
-def finish(store: Store, result: Result, sets: list[str], source: str) -> Report:
+def finish(store: Store, result: Result) -> Report:
     """Judge the gates, promote if they allow it, note it all in the run, and write the page."""
     from flows.report_page import render
 
@@ -100,18 +100,11 @@ def finish(store: Store, result: Result, sets: list[str], source: str) -> Report
     ]
     store.names.describe_run(
         result.run,
-        preset=source,
-        name=preset.name,
-        description=preset.description,
-        sets=sets,
-        order=list(preset.nodes),
         # The statuses of this very run: the documents of the nodes move on when one is built again.
         statuses={name: one.status for name, one in result.outcomes.items()},
         seconds=round(result.seconds, 3),
-        figures={name: list(getattr(node.stage, "figures", ())) for name, node in preset.nodes.items()},
         gates=verdicts,
         promotion=_promote(store, result),
-        root=preset.promote.node if preset.promote else list(preset.nodes)[-1],
     )
     report = gather(store, result.run)
     atomic_write_text(report.page, render(report), points=None)

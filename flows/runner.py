@@ -84,6 +84,7 @@ class Pipeline:
         self._began = time.monotonic()
         self._weights: dict[str, float] = {}
         self._why: dict[str, tuple[str, ...]] = {}
+        self._described = False
 
     def resolve(self) -> list[str]:
         """Take from the store whatever is there; returns the nodes that are left to build.
@@ -91,6 +92,8 @@ class Pipeline:
         Raises ConfigError when a node before --from is neither in the cache nor in the run, CorruptArtifact
         when an artifact in place is not what was published.
         """
+        if not self._described and self.preset.source:
+            self._describe()
         for name in self.preset.nodes:
             if name in self.wanted and name not in self.outcomes:
                 self._resolve(name)
@@ -144,6 +147,21 @@ class Pipeline:
         return Result(self.run, self.preset, ordered, time.monotonic() - self._began)
 
     # What to do with a node
+
+    def _describe(self) -> None:
+        """Note in the run how it came about, before anything is built: a node of it can then be run again."""
+        self._described = True
+        nodes = self.preset.nodes
+        self.store.names.describe_run(
+            self.run,
+            preset=self.preset.source,
+            name=self.preset.name,
+            description=self.preset.description,
+            sets=list(self.preset.sets),
+            order=list(nodes),
+            figures={name: list(getattr(node.stage, "figures", ())) for name, node in nodes.items()},
+            root=self.preset.promote.node if self.preset.promote else list(nodes)[-1],
+        )
 
     def _wanted(self) -> set[str]:
         start, stop = (

@@ -86,6 +86,8 @@ def free_port(first: int = 0) -> int:
     """A free port on loopback: the next one from `first` on, or any."""
     for port in range(first, first + 100) if first else [0]:
         with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+            # A port that a server has just left still counts as free, as it will for the next one.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
                 probe.bind((HOST, port))
                 return int(probe.getsockname()[1])

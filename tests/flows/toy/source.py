@@ -38,7 +38,9 @@ def run(config: SourceConfig, context: StageContext) -> None:
         raise ValueError("an unforeseen number")
     if config.crash == "exit":
         os._exit(7)
-    context.write_json("numbers.json", [config.seed + i * 10**config.shape.width for i in range(config.count)])
+    context.write_json(
+        "numbers.json", [config.seed + i * 10**config.shape.width for i in range(config.count)]
+    )
     context.metric("count", config.count)
     context.timing("rate", 1.0)
 

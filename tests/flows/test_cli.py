@@ -1,0 +1,269 @@
+"""The command line on a toy store: what each command says, its exit codes, and how little it loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import check_own
+from infra.errors import HeadwaterError
+from infra.store import Store
+from tests.flows.conftest import TOY, environment
+
+Toy = Callable[..., Any]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def ran(done: subprocess.CompletedProcess[str], code: int = 0) -> str:
+    """The standard output of a command that was to end with `code`, without a traceback."""
+    assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_run_reports_and_the_second_time_needs_neither_prefect_nor_workers(
+    headwater: Command, home: Path
+) -> None:
+    out = ran(headwater("run", "--preset", str(TOY), "--no-prefect"))
+    assert "train    built" in out
+    assert "holds training helps: 0.5 (at least 0.4)" in out
+    assert "train loss: 1 " in out
+    assert "answer is slow@" in out
+    assert f"report  {home}/reports/toy/report.html" in out
+    began = time.monotonic()
+    done = headwater("run", "--preset", str(TOY))
+    assert time.monotonic() - began < 8
+    assert "train    cached" in ran(done)
+    assert done.stderr == ""
+    assert not (home / "prefect").exists()
+
+
+def test_a_gate_that_fails_withholds_the_name(headwater: Command, store: Store) -> None:
+    done = headwater("run", "--preset", str(TOY), "--no-prefect", "--set", "train.steps=2")
+    out = ran(done, code=3)
+    assert "FAILS training helps: 0 (at least 0.4)" in out
+    assert "not promoted to answer: train.score is 0.25, at least 0.5 is asked" in out
+    assert store.names.get("answer") is None
+
+
+def test_one_stage_of_a_run_makes_one_artifact_and_diff_names_the_field(
+    toy: Toy, headwater: Command, store: Store
+) -> None:
+    ran(headwater("run", "--preset", str(TOY), "--no-prefect"))
+    before, refs = store.resolve("toy/train"), set(store.refs())
+    done = headwater("stage", "train", "--run", "toy", "--set", "train.steps=6")
+    ran(done)
+    (made,) = set(store.refs()) - refs
+    assert store.resolve("toy/train").ref == made
+    assert "config.steps: 4 -> 6" in done.stderr
+    out = ran(headwater("diff", before.ref, "toy/train"))
+    asked = out.partition("asked for:\n")[2].partition("what came out")[0]
+    assert asked == "  config.steps: 4 -> 6\n"
+    assert "where and how fast" not in out
+    # A node after it reads the newest attempt; the preset, run again, goes back to its own.
+    ran(headwater("stage", "last", "--run", "toy"))
+    assert {pin.ref for pin in store.resolve("toy/last").record.inputs} > {made}
+    assert "train    cached" in ran(headwater("run", "--preset", str(TOY)))
+    assert store.resolve("toy/train").ref == before.ref
+    assert made in ran(headwater("show", "toy"))
+
+
+def test_a_stage_takes_inputs_by_reference(toy: Toy, headwater: Command, store: Store) -> None:
+    result, _ = toy()
+    control = result.outcomes["control"].artifact.ref
+    done = headwater("stage", "last", "--run", "toy", "--input", f"numbers={control}")
+    ran(done)
+    assert control in [pin.ref for pin in store.resolve("toy/last").record.inputs if pin.role == "numbers"]
+
+
+def test_without_a_run_a_stage_asks_for_its_inputs(headwater: Command) -> None:
+    done = headwater("stage", "sft")
+    ran(done, code=1)
+    assert "sft needs" in done.stderr
+    done = headwater("stage", "train")
+    ran(done, code=1)
+    assert "train is no stage; give --run" in done.stderr
+    done = headwater("stage", "train", "--run", "tyo")
+    ran(done, code=1)
+    assert "no run is called 'tyo'" in done.stderr
+
+
+def test_looking_at_a_store(toy: Toy, headwater: Command, store: Store) -> None:
+    ran(headwater("run", "--preset", str(TOY), "--no-prefect"))
+    train = store.resolve("toy/train")
+    listed = ran(headwater("ls"))
+    assert len(listed.splitlines()) == 6
+    assert f"{train.ref}  " in listed
+    assert "toy/train" in listed
+    assert len(json.loads(ran(headwater("ls", "source", "--json")))) == 2
+    assert "toy" in ran(headwater("ls", "--runs"))
+    shown = ran(headwater("show", "toy/train"))
+    assert train.digest in shown
+    assert "steps = 4" in shown
+    assert json.loads(ran(headwater("show", train.ref, "--json")))["fingerprint"] == train.record.fingerprint
+    assert "holds  training helps" in ran(headwater("show", "toy"))
+    assert "5 artifacts" in ran(headwater("verify", "answer"))
+    assert "5 artifacts indexed" in ran(headwater("reindex"))
+    assert "control: config.steps: 2 -> 3" in ran(
+        headwater("why", "control", "--preset", str(TOY), "--set", "control.steps=3")
+    )
+
+
+def test_lineage_in_every_form(headwater: Command, store: Store, tmp_path: Path) -> None:
+    ran(headwater("run", "--preset", str(TOY), "--no-prefect"))
+    assert "source@" in ran(headwater("lineage", "answer"))
+    graph = json.loads(ran(headwater("lineage", "answer", "--json")))
+    assert {node["stage"] for node in graph["nodes"]} == {"source", "slow"}
+    assert len(graph["nodes"]) == 5
+    assert "slow@" in ran(headwater("lineage", "toy/left", "--downstream"))
+    assert ran(headwater("lineage", "answer", "--mermaid")).startswith("flowchart")
+    page = tmp_path / "page.html"
+    assert ran(headwater("lineage", "answer", "--html", "-o", str(page))) == f"{page}\n"
+    assert page.read_text().startswith("<!doctype html>")
+    assert json.loads(ran(headwater("lineage", "answer", "--provenance")))["_type"].startswith(
+        "https://in-toto"
+    )
+    done = headwater("lineage", "answer", "--json", "--html")
+    ran(done, code=1)
+    assert "give one of" in done.stderr
+
+
+def test_verify_finds_a_flipped_byte(toy: Toy, headwater: Command) -> None:
+    result, _ = toy()
+    victim = result.outcomes["left"].artifact.path / "numbers.json"
+    content = bytearray(victim.read_bytes())
+    content[-2] ^= 1
+    victim.write_bytes(content)
+    assert str(victim) in ran(headwater("verify", "toy/last"), code=1)
+
+
+def test_promote_and_gc(toy: Toy, headwater: Command, store: Store) -> None:
+    result, _ = toy()
+    kept = result.outcomes["control"].artifact.ref
+    assert ran(headwater("promote", "toy/control", "best/one")) == f"best/one is {kept}\n"
+    assert "0 to remove" in ran(headwater("gc"))
+    (store.home / "names" / "runs" / "toy.json").unlink()
+    dry = ran(headwater("gc", "--hours", "0"))
+    assert "3 to remove" in dry
+    assert len(store.refs()) == 5
+    assert "3 removed" in ran(headwater("gc", "--hours", "0", "--delete"))
+    assert sorted(store.refs()) == sorted([kept, result.outcomes["left"].artifact.ref])
+
+
+def test_gates_over_seeds(headwater: Command, store: Store) -> None:
+    out = ran(headwater("gates", "--preset", str(TOY), "--seeds", "2"))
+    assert "training helps" in out
+    assert out.count("0.5") >= 3
+    assert store.resolve("toy-seed1/train").record.seed == 1
+    assert "last" not in store.names.run("toy-seed1")["nodes"], "only what the gates need is built"
+    ran(headwater("gates", "--preset", str(TOY), "--seeds", "1", "--set", "train.steps=2"), code=1)
+
+
+def test_openlineage_events_are_sent_where_asked(headwater: Command, tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    ran(headwater("run", "--preset", str(TOY), "--no-prefect", "--openlineage", str(events)))
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    assert {line["job"]["name"] for line in lines} == {
+        f"toy.{n}" for n in ("left", "right", "train", "control", "last")
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("run", "--preset", "demmo"), 1, "no preset named 'demmo'"),
+        (("run", "--preset", str(TOY), "--from", "trian"), 1, "no node 'trian'"),
+        (("run", "--preset", str(TOY), "--set", "train.stesp=1"), 1, "steps"),
+        (("show", "nothing"), 1, "'nothing' means nothing"),
+        (("lineage", "toy/last"), 1, "toy/last"),
+        (("report", "nothing"), 1, "no run is called 'nothing'"),
+        (("stage", "last", "--input", "numbers"), 1, "expected ROLE=REF"),
+        (("nosuch",), 2, "No such command"),
+        (("ls", "--limit", "many"), 2, "--limit"),
+    ],
+)
+def test_errors_say_what_is_wrong_without_a_traceback(
+    headwater: Command, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    done = headwater(*arguments)
+    ran(done, code)
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_home_that_cannot_be_written_says_so(headwater: Command) -> None:
+    done = headwater("--home", "/proc/nowhere", "ls")
+    ran(done, code=1)
+    assert "HEADWATER_HOME" in done.stderr
+
+
+def test_a_home_that_is_a_file_says_so(headwater: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = headwater("--home", str(tmp_path / "file"), "ls")
+    ran(done, code=1)
+    assert "is a file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("ls",), ("show", "toy/train"), ("lineage", "toy/train"), ("--help",), ("run", "--help")]
+)
+def test_light_commands_load_nothing_heavy(toy: Toy, home: Path, arguments: tuple[str, ...]) -> None:
+    if arguments[0] != "run" and not arguments[0].startswith("-"):
+        toy(stop=("train",))
+    code = (
+        "import atexit, sys\nfrom flows.cli import main\n"
+        "heavy = {'torch', 'prefect', 'datasets', 'transformers', 'tokenizers', 'matplotlib', 'pyarrow'}\n"
+        "atexit.register(lambda: print('LOADED', sorted(heavy & set(sys.modules))))\n"
+        f"sys.argv = ['headwater', *{list(arguments)!r}]\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(home), capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "LOADED []", done.stderr
+
+
+def test_a_closed_pipe_is_no_error(toy: Toy, home: Path) -> None:
+    toy(stop=("left",))
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "flows.cli", "show", "toy/left"],
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=30)
+    assert b"Traceback" not in errors
+
+
+def test_packages_of_other_projects_are_noticed(tmp_path: Path) -> None:
+    check_own()
+    with pytest.raises(HeadwaterError, match=r"the package 'json' is .*Unset PYTHONPATH"):
+        check_own(tmp_path, ["json"])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "flows.cli", "ls"],
+        env={**environment(tmp_path / "home"), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert f"the package 'data' is {tmp_path / 'data'}" in done.stderr
+
+
+def test_the_command_is_installed() -> None:
+    script = Path(sys.executable).parent / "headwater"
+    assert (
+        "Usage: headwater"
+        in subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60).stdout
+    )

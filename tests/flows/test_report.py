@@ -1,0 +1,201 @@
+"""The report: figures from records, drawn safely whatever an artifact says."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flows import report, report_page
+from flows.report import Curve, Report, Row, Sample, gather, read_jsonl
+from flows.report_page import duration, number, render
+from flows.terminal import Terminal, print_report, sparkline
+from infra.errors import StoreError
+from infra.store import Store
+
+Toy = Callable[..., Any]
+EVIL = "<script>alert('x')</script>\" onload='y' [bold]&amp;"
+PIXEL = (
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x06\x00\x00\x00\x1f\x15\xc4\x89"
+)
+
+
+class Page(HTMLParser):
+    """Collects what a browser would make of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def evil(tmp_path: Path) -> Report:
+    """A report in which everything that comes from outside is hostile."""
+    return Report(
+        run=EVIL,
+        preset=EVIL,
+        description=EVIL,
+        made="2026-01-01T00:00:00",
+        seconds=61.0,
+        home=tmp_path,
+        rows=(Row(EVIL, EVIL, "failed", None, 1.0, {EVIL: EVIL, "score": 0.5}, EVIL),),
+        curves=(Curve(EVIL, "loss", "step", ((1.0, 2.0), (2.0, 1.0))),),
+        samples=(Sample(EVIL, EVIL, EVIL, EVIL, EVIL, False),),
+        gates=(
+            {"name": EVIL, "formula": EVIL, "value": None, "bound": EVIL, "holds": False, "problem": EVIL},
+        ),
+        promotion=EVIL,
+        tree=EVIL,
+    )
+
+
+def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
+    text = render(evil(tmp_path))
+    page = Page(text)
+    assert "script" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count("<script>alert") > 10, "it is shown as the text it is"
+    assert "default-src 'none'" in text
+
+
+def test_the_page_needs_nothing_else(toy: Toy, store: Store) -> None:
+    result, _ = toy()
+    made = report.finish(store, result)
+    text = made.page.read_text()
+    assert made.page == store.home / "reports" / "toy" / "report.html"
+    assert not re.search(r"(src|href)=[\"'](?!data:)", text)
+    page = Page(text)
+    for outcome in result.outcomes.values():
+        assert outcome.artifact.ref in page.text
+        assert outcome.node in page.text
+    assert "training helps" in page.text
+    assert "0.5" in page.text
+
+
+def test_plots_and_samples_are_taken_from_the_artifacts(toy: Toy, store: Store) -> None:
+    result, _ = toy()
+    report.finish(store, result)
+    artifact = result.outcomes["train"].artifact
+    (artifact.path / "plots").mkdir()
+    (artifact.path / "plots" / "curve.png").write_bytes(PIXEL)
+    (artifact.path / "samples.json").write_text(
+        json.dumps(
+            [{"prompt": "2+2", "system": "", "answer": "<think>x</think>4", "expected": "4", "correct": True}]
+        )
+    )
+    listed = dataclasses.replace(
+        artifact.record,
+        stage="evaluate",
+        files=(*artifact.record.files, report_entry("samples.json")),
+        side_files=(*artifact.record.side_files, report_entry("plots/curve.png")),
+    )
+    changed = dataclasses.replace(artifact, record=listed)
+    made = gather(store, "toy")
+    rows = tuple(
+        dataclasses.replace(row, artifact=changed) if row.node == "train" else row for row in made.rows
+    )
+    samples = tuple(report._samples("train", changed))
+    text = render(dataclasses.replace(made, rows=rows, samples=samples))
+    assert "data:image/png;base64,iVBORw0KGgo" in text
+    assert "&lt;think&gt;x&lt;/think&gt;4" in text
+    assert samples[0].correct
+
+
+def report_entry(path: str) -> Any:
+    """A file as a record lists it."""
+    from infra.record import FileEntry
+
+    return FileEntry(path, 1, "0" * 64)
+
+
+def test_the_terminal_shows_hostile_text_as_text(tmp_path: Path) -> None:
+    out = io.StringIO()
+    print_report(evil(tmp_path), Console(file=out, width=200, highlight=False))
+    assert "[bold]" in out.getvalue()
+    assert "FAILS" in out.getvalue()
+
+
+def test_the_terminal_prints_a_line_an_event() -> None:
+    out = io.StringIO()
+    with Terminal(out) as terminal:
+        terminal.listen(
+            "train",
+            {"event": "start", "stage": "slow", "why": ["a (nearest earlier: x)", "b (nearest earlier: x)"]},
+        )
+        terminal.listen("train", {"event": "log", "message": "building slow: a (nearest earlier: x)"})
+        terminal.listen("train", {"event": "log", "level": "warning", "message": "[red]careful"})
+        terminal.listen("train", {"event": "progress", "done": 1, "total": 4, "loss": 2.5})
+        terminal.listen("train", {"event": "progress", "done": 2, "total": 4, "loss": 2.0})
+        terminal.listen("train", {"event": "done", "status": "built", "seconds": 3.0})
+        terminal.listen("next", {"event": "cached", "ref": "slow@1"})
+        terminal.listen("last", {"event": "failed", "message": "no"})
+        terminal.listen("rest", {"event": "skipped"})
+    lines = [line[10:] for line in out.getvalue().splitlines()]
+    assert lines == [
+        "train     building a; b (unlike x)",
+        "train     [red]careful",
+        "train     25% loss 2.5",
+        "train     built 3.0 s",
+        "next      cached slow@1",
+        "last      failed no",
+        "rest      skipped",
+    ]
+
+
+def test_a_run_of_a_part_is_not_judged_by_what_it_left_out(toy: Toy, store: Store) -> None:
+    result, _ = toy(stop=("control",))
+    made = report.finish(store, result)
+    assert made.gates == ()
+    assert made.promotion == ""
+    assert [row.node for row in made.rows] == ["left", "control"]
+
+
+def test_a_report_on_an_unknown_run_says_which_there_are(toy: Toy, store: Store) -> None:
+    toy(stop=("left",))
+    with pytest.raises(StoreError, match=r"no run is called 'tooy'.*toy"):
+        gather(store, "tooy")
+
+
+def test_torn_lines_in_a_log_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n[1]\n{"step": 2, "lo')
+    assert read_jsonl(path) == [{"step": 1, "loss": 2.0}]
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_sparklines_numbers_and_times() -> None:
+    assert sparkline([4, 3, 2, 1], 4) == "█▆▃▁"
+    assert sparkline([1, 1, 1], 2) == "▁▁"
+    assert sparkline([], 5) == ""
+    assert sparkline(list(range(100)), 8) == "▁▂▃▄▅▆▇█"
+    assert [number(value) for value in (3.14159, 1234567, 2.0, True, "x")] == [
+        "3.142",
+        "1,234,567",
+        "2",
+        "True",
+        "x",
+    ]
+    assert [duration(s) for s in (0.04, 99.0, 125.0, 7300.0)] == [
+        "0.0 s",
+        "99.0 s",
+        "2 min 05 s",
+        "2 h 01 min",
+    ]
+    assert report_page.label("pass_at_1") == "pass at 1"

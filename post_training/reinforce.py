@@ -62,7 +62,8 @@ def optimize(
     """Run `config.steps` steps, or what is left of them after the last checkpoint.
 
     `position.tokens` counts the tokens of prompts and responses. `reference` stays as it is. Raises
-    HeadwaterError without problems, TrainingDiverged when objective or gradient norm is not finite.
+    HeadwaterError without problems, TrainingDiverged when reward, objective or gradient norm is
+    not finite.
     """
     if not problems:
         raise HeadwaterError("reinforcement learning needs at least one problem with a known answer")
@@ -101,7 +102,7 @@ def optimize(
             finish_step(
                 position,
                 figures,
-                {name: figures[name] for name in ("objective", "grad_norm")},
+                {name: figures[name] for name in ("reward", "objective", "grad_norm")},
                 model,
                 optimizer,
                 checkpoints,

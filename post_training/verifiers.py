@@ -34,7 +34,7 @@ def verify(tokenizer: ChatTokenizer, tokens: Sequence[int], expected: str) -> Ve
     after it but one box. Correct: the box holds the expected answer exactly, surrounding spaces aside.
     """
     response = tokenizer.parse_response(tokens)
-    if not response.well_formed or tokens[-1] != EOS:
+    if not response.well_formed or list(tokens).index(EOS) != len(tokens) - 1:
         return Verdict(
             False, False, False, "", "the response is cut off or holds control tokens out of place"
         )

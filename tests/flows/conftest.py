@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from flows.execute import Outcome, Task
 from flows.preset import load
 from flows.runner import Options, Pipeline, Result
+from infra import build
 from infra.store import Store
 
 TOY = Path(__file__).parent / "toy" / "pipeline.yaml"
@@ -70,6 +72,32 @@ def toy(store: Store) -> Callable[..., tuple[Result, list[Event]]]:
             lambda node, event: events.append((node, event)),
         )
         return asyncio.run(pipeline.execute()), events
+
+    return run
+
+
+@pytest.fixture
+def quick(store: Store) -> Callable[..., tuple[Result, list[Event]]]:
+    """Like `toy`, but built in this process: for tests of what is built, not of how."""
+
+    def run(*sets: str, name: str = "", **options: Any) -> tuple[Result, list[Event]]:
+        events: list[Event] = []
+        pipeline = Pipeline(
+            store,
+            load(str(TOY), sets),
+            name,
+            Options(**options),
+            lambda node, event: events.append((node, event)),
+        )
+
+        async def make(task: Task) -> Outcome:
+            events.append((task.node, {"event": "start", "why": list(task.why)}))
+            made = build.build(store, task.stage, task.config, task.inputs, force=task.force)
+            noted = {"stage": task.stage.name, "status": made.status, "artifact": made.artifact}
+            store.names.record_node(pipeline.run, task.node, **noted)
+            return Outcome(task.node, task.stage.name, made.status, made.artifact, made.seconds)
+
+        return asyncio.run(pipeline.execute(make)), events
 
     return run
 

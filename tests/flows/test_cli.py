@@ -55,7 +55,7 @@ def test_a_gate_that_fails_withholds_the_name(headwater: Command, store: Store) 
 
 
 def test_one_stage_of_a_run_makes_one_artifact_and_diff_names_the_field(
-    toy: Toy, headwater: Command, store: Store
+    quick: Toy, headwater: Command, store: Store
 ) -> None:
     ran(headwater("run", "--preset", str(TOY), "--no-prefect"))
     before, refs = store.resolve("toy/train"), set(store.refs())
@@ -76,8 +76,8 @@ def test_one_stage_of_a_run_makes_one_artifact_and_diff_names_the_field(
     assert made in ran(headwater("show", "toy"))
 
 
-def test_a_stage_takes_inputs_by_reference(toy: Toy, headwater: Command, store: Store) -> None:
-    result, _ = toy()
+def test_a_stage_takes_inputs_by_reference(quick: Toy, headwater: Command, store: Store) -> None:
+    result, _ = quick()
     control = result.outcomes["control"].artifact.ref
     done = headwater("stage", "last", "--run", "toy", "--input", f"numbers={control}")
     ran(done)
@@ -96,7 +96,7 @@ def test_without_a_run_a_stage_asks_for_its_inputs(headwater: Command) -> None:
     assert "no run is called 'tyo'" in done.stderr
 
 
-def test_looking_at_a_store(toy: Toy, headwater: Command, store: Store) -> None:
+def test_looking_at_a_store(quick: Toy, headwater: Command, store: Store) -> None:
     ran(headwater("run", "--preset", str(TOY), "--no-prefect"))
     train = store.resolve("toy/train")
     listed = ran(headwater("ls"))
@@ -136,8 +136,8 @@ def test_lineage_in_every_form(headwater: Command, store: Store, tmp_path: Path)
     assert "give one of" in done.stderr
 
 
-def test_verify_finds_a_flipped_byte(toy: Toy, headwater: Command) -> None:
-    result, _ = toy()
+def test_verify_finds_a_flipped_byte(quick: Toy, headwater: Command) -> None:
+    result, _ = quick()
     victim = result.outcomes["left"].artifact.path / "numbers.json"
     content = bytearray(victim.read_bytes())
     content[-2] ^= 1
@@ -145,8 +145,8 @@ def test_verify_finds_a_flipped_byte(toy: Toy, headwater: Command) -> None:
     assert str(victim) in ran(headwater("verify", "toy/last"), code=1)
 
 
-def test_promote_and_gc(toy: Toy, headwater: Command, store: Store) -> None:
-    result, _ = toy()
+def test_promote_and_gc(quick: Toy, headwater: Command, store: Store) -> None:
+    result, _ = quick()
     kept = result.outcomes["control"].artifact.ref
     assert ran(headwater("promote", "toy/control", "best/one")) == f"best/one is {kept}\n"
     assert "0 to remove" in ran(headwater("gc"))
@@ -215,9 +215,9 @@ def test_a_home_that_is_a_file_says_so(headwater: Command, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "arguments", [("ls",), ("show", "toy/train"), ("lineage", "toy/train"), ("--help",), ("run", "--help")]
 )
-def test_light_commands_load_nothing_heavy(toy: Toy, home: Path, arguments: tuple[str, ...]) -> None:
+def test_light_commands_load_nothing_heavy(quick: Toy, home: Path, arguments: tuple[str, ...]) -> None:
     if arguments[0] != "run" and not arguments[0].startswith("-"):
-        toy(stop=("train",))
+        quick(stop=("train",))
     code = (
         "import atexit, sys\nfrom flows.cli import main\n"
         "heavy = {'torch', 'prefect', 'datasets', 'transformers', 'tokenizers', 'matplotlib', 'pyarrow'}\n"
@@ -230,8 +230,8 @@ def test_light_commands_load_nothing_heavy(toy: Toy, home: Path, arguments: tupl
     assert done.stdout.splitlines()[-1] == "LOADED []", done.stderr
 
 
-def test_a_closed_pipe_is_no_error(toy: Toy, home: Path) -> None:
-    toy(stop=("left",))
+def test_a_closed_pipe_is_no_error(quick: Toy, home: Path) -> None:
+    quick(stop=("left",))
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "flows.cli", "show", "toy/left"],
         env=environment(home),

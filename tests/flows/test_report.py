@@ -75,8 +75,8 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_the_page_needs_nothing_else(toy: Toy, store: Store) -> None:
-    result, _ = toy()
+def test_the_page_needs_nothing_else(quick: Toy, store: Store) -> None:
+    result, _ = quick()
     made = report.finish(store, result)
     text = made.page.read_text()
     assert made.page == store.home / "reports" / "toy" / "report.html"
@@ -89,8 +89,8 @@ def test_the_page_needs_nothing_else(toy: Toy, store: Store) -> None:
     assert "0.5" in page.text
 
 
-def test_plots_and_samples_are_taken_from_the_artifacts(toy: Toy, store: Store) -> None:
-    result, _ = toy()
+def test_plots_and_samples_are_taken_from_the_artifacts(quick: Toy, store: Store) -> None:
+    result, _ = quick()
     report.finish(store, result)
     artifact = result.outcomes["train"].artifact
     (artifact.path / "plots").mkdir()
@@ -159,16 +159,16 @@ def test_the_terminal_prints_a_line_an_event() -> None:
     ]
 
 
-def test_a_run_of_a_part_is_not_judged_by_what_it_left_out(toy: Toy, store: Store) -> None:
-    result, _ = toy(stop=("control",))
+def test_a_run_of_a_part_is_not_judged_by_what_it_left_out(quick: Toy, store: Store) -> None:
+    result, _ = quick(stop=("control",))
     made = report.finish(store, result)
     assert made.gates == ()
     assert made.promotion == ""
     assert [row.node for row in made.rows] == ["left", "control"]
 
 
-def test_a_report_on_an_unknown_run_says_which_there_are(toy: Toy, store: Store) -> None:
-    toy(stop=("left",))
+def test_a_report_on_an_unknown_run_says_which_there_are(quick: Toy, store: Store) -> None:
+    quick(stop=("left",))
     with pytest.raises(StoreError, match=r"no run is called 'tooy'.*toy"):
         gather(store, "tooy")
 

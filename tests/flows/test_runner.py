@@ -33,9 +33,9 @@ def test_a_second_run_builds_nothing(toy: Toy) -> None:
     assert digests(first) == digests(second)
 
 
-def test_only_what_a_changed_setting_reaches_is_built_and_why_is_said(toy: Toy) -> None:
-    toy()
-    result, events = toy("control.steps=3")
+def test_only_what_a_changed_setting_reaches_is_built_and_why_is_said(quick: Toy) -> None:
+    quick()
+    result, events = quick("control.steps=3")
     assert statuses(result) == {
         "left": "cached",
         "right": "cached",
@@ -48,65 +48,65 @@ def test_only_what_a_changed_setting_reaches_is_built_and_why_is_said(toy: Toy) 
     assert any("config.steps" in reason and "-> 3" in reason for reason in reasons[0])
 
 
-def test_placement_is_no_reason_to_build(toy: Toy) -> None:
-    toy()
-    result, _ = toy("train.pause=0.001", "train.threads=1")
+def test_placement_is_no_reason_to_build(quick: Toy) -> None:
+    quick()
+    result, _ = quick("train.pause=0.001", "train.threads=1")
     assert set(statuses(result).values()) == {"cached"}
 
 
-def test_the_run_points_at_its_artifacts(toy: Toy, store: Store) -> None:
-    result, _ = toy(name="mine")
+def test_the_run_points_at_its_artifacts(quick: Toy, store: Store) -> None:
+    result, _ = quick(name="mine")
     assert store.resolve("mine/train").ref == result.outcomes["train"].artifact.ref
     document = store.names.run("mine")
     assert {name: node["status"] for name, node in document["nodes"].items()} == statuses(result)
 
 
-def test_from_takes_what_comes_before_from_the_cache(toy: Toy) -> None:
-    toy()
-    result, _ = toy(start=("control",))
+def test_from_takes_what_comes_before_from_the_cache(quick: Toy) -> None:
+    quick()
+    result, _ = quick(start=("control",))
     given = dict.fromkeys(("left", "right", "train"), "given")
     assert statuses(result) == {**given, "control": "cached", "last": "cached"}
-    result, _ = toy(start=("control",), force=True)
+    result, _ = quick(start=("control",), force=True)
     assert statuses(result)["control"] == "built"
     assert statuses(result)["train"] == "given"
 
 
 def test_from_takes_what_comes_before_from_the_run_when_the_preset_has_moved_on(
-    toy: Toy, store: Store
+    quick: Toy, store: Store
 ) -> None:
-    first, _ = toy()
-    result, events = toy("left.count=9", start=("train",), stop=("train",))
+    first, _ = quick()
+    result, events = quick("left.count=9", start=("train",), stop=("train",))
     assert result.outcomes["left"].artifact.ref == first.outcomes["left"].artifact.ref
     assert any("which is not what this preset would build" in event.get("message", "") for _, event in events)
     assert statuses(result)["train"] == "cached"
 
 
-def test_from_without_a_past_says_so(toy: Toy) -> None:
+def test_from_without_a_past_says_so(quick: Toy) -> None:
     with pytest.raises(ConfigError, match=r"train\.numbers reads left, which lies before --from"):
-        toy(start=("train",))
+        quick(start=("train",))
 
 
-def test_to_builds_only_what_leads_there(toy: Toy) -> None:
-    result, _ = toy(stop=("control",))
+def test_to_builds_only_what_leads_there(quick: Toy) -> None:
+    result, _ = quick(stop=("control",))
     assert statuses(result) == {"left": "built", "control": "built"}
     with pytest.raises(ConfigError, match="--to left is not made from --from control"):
-        toy(start=("control",), stop=("left",))
+        quick(start=("control",), stop=("left",))
     with pytest.raises(ConfigError, match="no node 'contrl'"):
-        toy(stop=("contrl",))
+        quick(stop=("contrl",))
 
 
-def test_a_stage_name_stands_for_its_only_node_and_no_other(toy: Toy) -> None:
+def test_a_stage_name_stands_for_its_only_node_and_no_other(quick: Toy) -> None:
     with pytest.raises(ConfigError, match="several nodes of stage slow: train, control, last"):
-        toy(stop=("slow",))
+        quick(stop=("slow",))
 
 
-def test_force_makes_a_new_attempt_with_the_same_digest(toy: Toy) -> None:
-    first, _ = toy()
-    second, _ = toy(start=("train",), stop=("train",), force=True)
+def test_force_makes_a_new_attempt_with_the_same_digest(quick: Toy) -> None:
+    first, _ = quick()
+    second, _ = quick(start=("train",), stop=("train",), force=True)
     made = second.outcomes["train"].artifact
     assert made.id == first.outcomes["train"].artifact.id + "-2"
     assert digests(second)["train"] == digests(first)["train"]
-    third, _ = toy()
+    third, _ = quick()
     assert set(statuses(third).values()) == {"cached"}
 
 
@@ -283,22 +283,22 @@ def test_a_builder_that_raises_ends_the_others(tmp_path: Path, store: Store) -> 
     assert sorted(ended) == ["a", "b"]
 
 
-def test_explain_builds_nothing(toy: Toy, store: Store) -> None:
+def test_explain_builds_nothing(quick: Toy, store: Store) -> None:
     preset = load(str(TOY))
     assert explain(store, preset, "control") == [
         "left: first source in this store",
         "control: to be built after left",
     ]
     assert store.refs() == []
-    toy()
+    quick()
     (line,) = explain(store, preset, "control")
     assert line.startswith("control: in the store as slow@")
     (line,) = explain(store, load(str(TOY), ["control.steps=7"]), "control")
     assert "config.steps: 2 -> 7" in line
 
 
-def test_figures_are_numbers_of_the_record(toy: Toy) -> None:
-    result, _ = toy()
+def test_figures_are_numbers_of_the_record(quick: Toy) -> None:
+    result, _ = quick()
     assert figure(result, "train", "score") == 0.75
     with pytest.raises(ConfigError, match="score"):
         figure(result, "train", "scor")
@@ -306,8 +306,8 @@ def test_figures_are_numbers_of_the_record(toy: Toy) -> None:
         figure(result, "nobody", "score")
 
 
-def test_a_reference_can_stand_for_a_node(tmp_path: Path, toy: Toy, store: Store) -> None:
-    result, _ = toy()
+def test_a_reference_can_stand_for_a_node(tmp_path: Path, quick: Toy, store: Store) -> None:
+    result, _ = quick()
     path = tmp_path / "from_store.yaml"
     path.write_text(
         f"stages: ['{TOY.parent}']\nnodes:\n  more: {{stage: slow, inputs: {{numbers: '@toy/train'}}}}\n"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from model.hf import write_hf
 from model.loss import next_token_losses
 from tests.model.oracle import gradient, oracle
 from tests.model.tiny import relative, tiny, tokens
@@ -52,3 +53,33 @@ def test_the_routing_that_the_parity_runs_through_is_really_limited():
     unbiased = gate.select(scores).sort(-1).values
     assert (limited != free).any(-1).float().mean() > 0.1
     assert (limited != unbiased).any(-1).float().mean() > 0.1
+
+
+def test_the_prediction_module_is_that_of_transformers(tmp_path, tokenizer_json, tokenizer_config):
+    """Names, order of the joined halves and the shared ends, through a folder of the released depth."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_layers import MtpModel
+
+    small = {"num_hidden_layers": 61, "first_k_dense_replace": 60, "intermediate_size": 8, "vocab_size": 64}
+    model = tiny(**small).eval()
+    write_hf(model, tmp_path, tokenizer_json, tokenizer_config)
+    twin = MtpModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path)).eval()
+    length = 17
+    tokens_BT = tokens(2, length + 1, vocab_size=64)
+    hidden = torch.randn(2, length, model.config.hidden_size, generator=torch.Generator().manual_seed(4))
+    cos, sin = model.rotation(length)
+    embedded = F.embedding(tokens_BT[:, 1:], model.embed_tokens)
+    module = model.mtp[0]
+    with torch.no_grad():
+        found = model.logits(module.norm(module(hidden, embedded, cos, sin, None, None)[0]))
+        expected = twin.shared_head(
+            twin.layers[0](
+                twin.embed_tokens(tokens_BT[:, 1:]),
+                hidden,
+                position_embeddings=twin.rotary_emb(hidden, torch.arange(length)[None]),
+                attention_mask=torch.full((length, length), -torch.inf).triu(1)[None, None],
+                position_ids=None,
+                past_key_values=None,
+            )
+        )
+    assert relative(found, expected) < 1e-5

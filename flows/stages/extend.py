@@ -33,8 +33,12 @@ class ExtendConfig(StageConfig):
     micro_rows: int = Field(
         2, gt=0, description="Sequences of a micro-batch; its size decides how gradient sums are rounded"
     )
-    lr: float = Field(7.3e-6, gt=0, description="Constant learning rate of AdamW's parameters")
-    muon_lr: float = Field(1e-3, gt=0, description="Constant learning rate of Muon's parameters")
+    lr: float = Field(7.3e-6, gt=0, description="Peak learning rate of AdamW's parameters")
+    muon_lr: float = Field(1e-3, gt=0, description="Peak learning rate of Muon's parameters")
+    warmup: int = Field(0, ge=0, description="Steps of linear warmup of each phase")
+    floor: float = Field(
+        1.0, gt=0, le=1, description="Last learning rate over the peak; 1 is constant, as in the report"
+    )
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw as in the report, or muon")
     grid_lengths: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
@@ -68,6 +72,7 @@ def run(config: ExtendConfig, context: StageContext) -> None:
     from model.checkpoint import load_model, save_model
     from model.engine.engine import Engine
     from model.optim.build import OptimizerConfig, build_optimizer
+    from model.schedule import cosine
     from model.train import LoopConfig, Position, Step, train
     from post_training.evaluate import PASSKEY_TOKENS, passkey_cells, passkey_grid
 
@@ -117,7 +122,11 @@ def run(config: ExtendConfig, context: StageContext) -> None:
         steps = phase.steps
 
         def schedule(position: Position, steps: int = steps) -> Step | None:
-            return Step(config.batch_rows, 1.0) if position.step < steps else None
+            return (
+                Step(config.batch_rows, cosine(position.step, steps, config.warmup, config.floor))
+                if position.step < steps
+                else None
+            )
 
         log_file = context.scratch / f"phase{number}.jsonl"
         train(

@@ -159,7 +159,7 @@ class Pipeline:
             description=self.preset.description,
             sets=list(self.preset.sets),
             order=list(nodes),
-            figures={name: list(getattr(node.stage, "figures", ())) for name, node in nodes.items()},
+            figures={name: list(node.stage.figures) for name, node in nodes.items()},
             root=self.preset.promote.node if self.preset.promote else list(nodes)[-1],
         )
 

@@ -61,6 +61,8 @@ class Stage:
     # For stages that read the outside world: the content-hashed list of what they are about to read.
     scan: Callable[[Any], list[SourceFile]] | None = None
     description: str = ""
+    # The metrics worth a place in a run's table, up to four; without any, the first ones by name.
+    figures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

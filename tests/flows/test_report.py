@@ -159,6 +159,13 @@ def test_the_terminal_prints_a_line_an_event() -> None:
     ]
 
 
+def test_a_stage_chooses_the_figures_of_its_row(quick: Toy, store: Store) -> None:
+    result, _ = quick()
+    rows = {row.node: row for row in report.finish(store, result).rows}
+    assert rows["train"].figures == {"total": result.outcomes["train"].artifact.metrics["total"]}
+    assert rows["left"].figures == {"count": 3}
+
+
 def test_a_run_of_a_part_is_not_judged_by_what_it_left_out(quick: Toy, store: Store) -> None:
     result, _ = quick(stop=("control",))
     made = report.finish(store, result)

@@ -46,6 +46,7 @@ STAGE = Stage(
     version=1,
     config=SlowConfig,
     run=run,
+    figures=("total",),
     inputs={
         "numbers": InputSpec(("source", "slow"), many=True, description="What to add"),
         "earlier": InputSpec(("slow",), optional=True, description="What to go on from"),

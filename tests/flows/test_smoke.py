@@ -1,0 +1,82 @@
+"""The smoke preset end to end: every stage for real, from the interpreter's library to an exported model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.registry import stages
+from infra.store import Store
+from infra.verify import verify
+from tests.flows.conftest import environment
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def headwater(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "flows.cli", *arguments],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("smoke") / "home"
+    done = headwater(path, "run", "--preset", "smoke", "--no-prefect")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return path
+
+
+def test_every_stage_has_run(home: Path) -> None:
+    assert set(Store(home).stages()) == set(stages())
+
+
+def test_a_second_run_builds_nothing_and_is_quick(home: Path) -> None:
+    before = Store(home).refs()
+    began = time.monotonic()
+    done = headwater(home, "run", "--preset", "smoke")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 10
+    assert Store(home).refs() == before
+    assert not (home / "prefect").exists()
+
+
+def test_the_export_descends_from_every_stage_and_is_what_was_published(home: Path) -> None:
+    graph = json.loads(headwater(home, "lineage", "smoke", "--json").stdout)
+    # An evaluation is a leaf that the export reads; everything else lies on the way from the documents.
+    assert {node["stage"] for node in graph["nodes"]} == set(stages())
+    assert not [node for node in graph["nodes"] if node["missing"]]
+    store = Store(home)
+    checked = verify(store, store.resolve("smoke"))
+    assert checked.ok, checked.problems
+    assert len(checked.checked) == len(graph["nodes"])
+
+
+def test_the_report_shows_what_the_records_say(home: Path) -> None:
+    page = (home / "reports" / "smoke" / "report.html").read_text()
+    store = Store(home)
+    assert page.count("data:image/png;base64,") >= 4
+    for node in store.names.run("smoke")["nodes"].values():
+        assert node["artifact"] in page
+    samples = store.resolve("smoke/eval").json("samples.json")
+    assert {"prompt", "system", "answer", "expected", "correct"} <= set(samples[0])
+
+
+def test_one_stage_again_makes_one_artifact_and_diff_names_one_field(home: Path) -> None:
+    store = Store(home)
+    before, refs = store.resolve("smoke/sft").ref, set(store.refs())
+    done = headwater(home, "stage", "sft", "--run", "smoke", "--set", "sft.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert len(set(store.refs()) - refs) == 1
+    told = json.loads(headwater(home, "diff", before, "smoke/sft", "--json").stdout)
+    asked = [one["field"] for one in told if one["kind"] in ("identity", "placement", "code", "environment")]
+    assert asked == ["config.epochs"]

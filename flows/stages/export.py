@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from pydantic import Field
 
+from infra.artifact import Artifact
 from infra.config import StageConfig
 from infra.stage import InputSpec, Stage, StageContext
 
@@ -18,9 +22,7 @@ class ExportConfig(StageConfig):
 def run(config: ExportConfig, context: StageContext) -> None:
     from data.chat import hf_tokenizer_config
     from flows.model_card import model_card
-    from infra.files import atomic_write_json
-    from infra.provenance import statement
-    from infra.store import open_store
+    from infra.files import atomic_write_json, atomic_write_text
     from model.checkpoint import load_model
     from model.hf import write_hf
 
@@ -34,15 +36,47 @@ def run(config: ExportConfig, context: StageContext) -> None:
         config.max_shard_bytes,
     )
     evaluations = context.inputs_of("evaluations")
-    (context.out / "README.md").write_text(model_card(config.name, checkpoint, evaluations, model))
-    home = checkpoint.path.parents[2]
-    atomic_write_json(context.out / "logs" / "provenance.json", statement(open_store(home), checkpoint))
-    context.metric("files", len(list(context.out.iterdir())))
+    atomic_write_text(context.out / "README.md", model_card(config.name, checkpoint, evaluations, model))
+    files = sorted(path for path in context.out.iterdir() if path.is_file())
+    context.metric("files", len(files))
+    atomic_write_json(context.out / "logs" / "provenance.json", _provenance(config, checkpoint, files))
     for evaluation in evaluations:
         if any(ref.digest == checkpoint.digest for ref in evaluation.record.inputs):
             for name in ("pass_at_1", "format", "bits_per_byte"):
                 if name in evaluation.metrics:
                     context.metric(name, evaluation.metrics[name])
+
+
+def _provenance(config: ExportConfig, checkpoint: Artifact, files: list[Path]) -> dict[str, Any]:
+    """An in-toto statement about the exported files: made by this stage from the checkpoint, and behind that
+    all that the checkpoint's own statement lists."""
+    from infra.config import split
+    from infra.files import sha256_file
+    from infra.provenance import statement
+    from infra.store import open_store
+
+    made = statement(open_store(checkpoint.path.parents[2]), checkpoint)
+    source = f"urn:headwater:artifact:{checkpoint.stage}:{checkpoint.id}"
+    built = made["predicate"]["buildDefinition"]
+    behind = built["resolvedDependencies"]
+    return {
+        **made,
+        "subject": [{"name": path.name, "digest": {"sha256": sha256_file(path)}} for path in files],
+        "predicate": {
+            "buildDefinition": {
+                **built,
+                "externalParameters": {
+                    "stage": STAGE.name,
+                    "version": STAGE.version,
+                    "config": split(config)[0],
+                    "inputs": [{"role": "checkpoint", "uri": source}],
+                },
+                "internalParameters": {},
+                "resolvedDependencies": [{"uri": source, "digest": {"sha256": checkpoint.digest}}, *behind],
+            },
+            "runDetails": {"builder": made["predicate"]["runDetails"]["builder"]},
+        },
+    }
 
 
 STAGE = Stage(

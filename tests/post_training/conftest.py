@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data.chat import ChatTokenizer
+from tests.post_training.chain import Chain, make_chain
 from tests.post_training.small import write_tokenizer
 
 
@@ -24,3 +25,9 @@ def _one_thread() -> Iterator[None]:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     """A tokenizer of 320 ids at most that knows digits, boxes and the system prompt."""
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """All stages from raw text to an exported checkpoint; each is built when a test first asks for it."""
+    return make_chain(tmp_path_factory.mktemp("chain"))

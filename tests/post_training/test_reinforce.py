@@ -135,6 +135,15 @@ def test_position_and_figures_count_what_was_sampled(tokenizer: ChatTokenizer, t
     assert 0.2 < small_pool < 0.8
 
 
+def test_every_step_draws_anew(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    """Asked the same question at each step by a policy that stands still, nothing is said twice."""
+    run = Run(tokenizer, tmp_path, lambda rollouts: torch.zeros(len(rollouts)))
+    run.go(problems=PROBLEMS[:1], config=RLConfig(steps=3, max_tokens=8))
+    said = [r.response_ids for rollouts in run.asked for r in rollouts]
+    assert len(said) == 3 * 12
+    assert len(set(said)) > 30
+
+
 def test_without_problems(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     with pytest.raises(HeadwaterError, match="at least one problem with a known answer"):
         Run(tokenizer, tmp_path).go(problems=[])

@@ -59,6 +59,11 @@ def test_seed_and_system_prompt_change_what_is_sampled(engine: Engine, tokenizer
     assert (plain[0].system, asked[0].system) == ("", SYSTEM)
 
 
+def test_two_problems_with_one_prompt_draw_apart(engine: Engine, tokenizer: ChatTokenizer) -> None:
+    twin = Problem("sorting", PROBLEMS[0].prompt, "", "1234")
+    assert len({r.response_ids for r in ask(engine, tokenizer, [PROBLEMS[0], twin])}) == 4
+
+
 def test_verdicts_are_about_the_sampled_tokens(engine: Engine, tokenizer: ChatTokenizer) -> None:
     for r in ask(engine, tokenizer, PROBLEMS):
         assert 1 <= len(r.response_ids) <= SAMPLING.max_tokens

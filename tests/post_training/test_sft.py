@@ -147,6 +147,25 @@ def test_logits_of_a_packed_sample_are_its_own(packed: PackedSamples) -> None:
             torch.testing.assert_close(together[mine], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_fine_tuning_trains_each_sample_as_if_alone(
+    tokenizer: ChatTokenizer, packed: PackedSamples, tmp_path: Path
+) -> None:
+    model = small_model()
+    losses, targets = [], 0
+    with torch.no_grad():
+        for c in conversations():
+            alone = PackedSamples(tokenizer, [c], LENGTH, seed=0)
+            losses.append(float(sample_loss(model, alone.stream(0, 1), 0)))
+            targets += alone.targets
+    whole = SFTConfig(epochs=1.0, batch_rows=packed.count)
+    optimizer = Optimizer(model, OptimizerConfig())
+    log = tmp_path / "log.jsonl"
+    position = fine_tune(model, optimizer, packed, whole, Checkpoints(tmp_path / "c"), log, ignore)
+    assert position.step == 1
+    # The loss of the first step is that of the weights before it.
+    assert json.loads(log.read_text())["loss"] == pytest.approx(sum(losses) / targets, rel=1e-5)
+
+
 def test_steps() -> None:
     assert SFTConfig(epochs=2.0, batch_rows=16).steps(40) == 5
     assert SFTConfig(epochs=0.1, batch_rows=16).steps(3) == 1

@@ -11,8 +11,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from torch import Tensor
 
 from data.chat import ChatTokenizer
+from data.loader import ShardLoader
 from infra.artifact import Artifact
 from infra.verify import verify
 from model.checkpoint import load_model
@@ -85,6 +87,19 @@ def test_extend(chain: Chain) -> None:
         assert artifact.file(f"plots/passkey_{name}.png").stat().st_size > 1000
     for phase, steps in ((1, 12), (2, 11)):
         assert [line["step"] for line in lines(artifact, f"phase{phase}")] == list(range(1, steps + 1))
+
+
+def test_a_later_phase_sees_other_rows(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    stream = ShardLoader.stream
+
+    def recorded(self: ShardLoader, start: int, count: int) -> dict[str, Tensor]:
+        read.append((start, count))
+        return stream(self, start, count)
+
+    monkeypatch.setattr(ShardLoader, "stream", recorded)
+    chain.build("extend", {"phases": [{"factor": 2, "steps": 3}, {"factor": 3, "steps": 2}]})
+    assert read == [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]
 
 
 def test_expert(chain: Chain) -> None:

@@ -90,6 +90,7 @@ class Account:
     """Every document met, by what became of it."""
 
     read: int = 0
+    untried: int = 0  # of these, passed over unread: records beyond the share that the cap leaves
     kept: int = 0
     kept_bytes: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -163,7 +164,9 @@ def _settle(
         return
     tally = account.quarantined if found.quarantined else account.dropped
     tally[reason_class(found.reason)] += 1
-    if found.reason != OVER_CAP:
+    if found.reason == OVER_CAP:
+        account.untried += 1
+    else:
         account.rejected.append(("", one.source.name, found.path, found.reason))
     if found.quarantined and len(account.quarantined_first) < 5:
         account.quarantined_first.append(f"{found.path} ({found.reason})")
@@ -175,12 +178,16 @@ def reason_class(reason: str) -> str:
 
 
 def check_budget(account: Account, error_budget: float) -> None:
-    """Raise HeadwaterError if nothing was kept, or a larger share than `error_budget` was quarantined."""
-    bad = account.quarantined.total()
+    """Raise HeadwaterError if nothing was kept, or a larger share than `error_budget` was quarantined.
+
+    The share is of the documents that were tried: under a small cap most records of a file are passed over,
+    and they say nothing about the rest.
+    """
+    bad, tried = account.quarantined.total(), account.read - account.untried
     first = "; ".join(account.quarantined_first)
-    if bad > error_budget * account.read:
+    if bad > error_budget * tried:
         raise HeadwaterError(
-            f"{bad} of {account.read} documents could not be read ({bad / account.read:.1%}, error_budget is "
+            f"{bad} of {tried} documents could not be read ({bad / tried:.1%}, error_budget is "
             f"{error_budget:.1%}). First: {first}. Repair or remove them, or raise error_budget"
         )
     if not account.kept:

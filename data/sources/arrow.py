@@ -4,17 +4,17 @@ Either way the library leaves Arrow files on this disk; they are hashed and read
 library.
 """
 
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
 from data.documents import Document
-from data.hashing import unit
 from data.sources.base import UNREADABLE, Candidate, Reading, Rejection, candidate, unreadable
-from data.sources.records import OVER_CAP, from_record
+from data.sources.records import no_text, parse_row, wanted_columns
 from infra.errors import HeadwaterError
+from infra.files import read_json
 
 
 class DatasetsSource:
@@ -28,10 +28,10 @@ class DatasetsSource:
         self.subset = subset
 
     def candidates(self) -> list[Candidate]:
-        folder = Path(self.dataset).expanduser()
-        saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+        folder = Path(os.path.expanduser(self.dataset))
+        saved = any(os.path.isfile(folder / name) for name in ("state.json", "dataset_dict.json"))
         files = saved_files(folder, self.split) if saved else self._loaded_files()
-        root = folder.name if folder.exists() else self.dataset
+        root = folder.name if os.path.exists(folder) else self.dataset
         return [
             candidate(f"{root}/{self.split}/{place:05d}.arrow", file, records=True)
             for place, file in enumerate(files)
@@ -61,28 +61,29 @@ class DatasetsSource:
         try:
             with pa.memory_map(str(candidate.file)) as mapped:
                 stream = pa.ipc.open_stream(mapped)
-                wanted = {reading.text_field, reading.licence_field}
-                columns = [name for name in stream.schema.names if name in wanted] or stream.schema.names
+                columns = wanted_columns(stream.schema.names, reading)
+                if not columns:
+                    yield no_text(candidate.name, stream.schema.names, reading)
+                    return
                 for batch in stream:
+                    chosen = batch.select(columns)
                     for row in range(batch.num_rows):
-                        name = f"{candidate.name}#{index}"
+                        yield parse_row(self.name, f"{candidate.name}#{index}", chosen, row, reading)
                         index += 1
-                        if unit("record", name) >= reading.share:
-                            yield Rejection(name, OVER_CAP, quarantined=False)
-                            continue
-                        record = {column: batch.column(column)[row].as_py() for column in columns}
-                        yield from_record(self.name, name, record, reading)
         except UNREADABLE as error:
             yield Rejection(f"{candidate.name}#{index}", unreadable(error))
 
 
 def saved_files(folder: Path, split: str) -> list[Path]:
     """The Arrow files of a folder made by `save_to_disk`, of one split if it holds several."""
-    splits = folder / "dataset_dict.json"
-    if splits.is_file():
-        names = json.loads(splits.read_text(encoding="utf-8")).get("splits", [])
-        if split not in names:
-            raise HeadwaterError(f"{folder} has no split {split!r}; it has {', '.join(names)}: set split")
-        folder = folder / split
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return [folder / entry["filename"] for entry in state["_data_files"]]
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            names = read_json(folder / "dataset_dict.json")["splits"]
+            if split not in names:
+                raise HeadwaterError(f"{folder} has no split {split!r}; it has {', '.join(names)}: set split")
+            folder = folder / split
+        return [folder / entry["filename"] for entry in read_json(folder / "state.json")["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise HeadwaterError(
+            f"{folder} is not a data set as save_to_disk leaves it ({type(error).__name__}: {error})"
+        ) from None

@@ -5,7 +5,7 @@ that the share is an even sample of the file and a larger share contains the sma
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,8 +68,7 @@ def from_record(source: str, name: str, record: dict, reading: Reading) -> Docum
     """A document from a record's fields."""
     text = record.get(reading.text_field)
     if not isinstance(text, str):
-        fields = ", ".join(sorted(str(key) for key in record)[:8])
-        return Rejection(name, f"no text in field {reading.text_field!r} (set text_field; it has: {fields})")
+        return no_text(name, list(record), reading)
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError:
@@ -81,29 +80,42 @@ def from_record(source: str, name: str, record: dict, reading: Reading) -> Docum
     return check_text(name, text) or make_document(source, name, licence, text)
 
 
+def no_text(name: str, fields: Sequence[object], reading: Reading) -> Rejection:
+    """The rejection of a record or file without one field of text, with the fields that it has."""
+    listed = ", ".join(sorted(str(key) for key in fields)[:8])
+    return Rejection(name, f"no text in field {reading.text_field!r} (set text_field; it has: {listed})")
+
+
+def wanted_columns(names: Sequence[str], reading: Reading) -> list[str]:
+    """The columns of a table to read: text, and licence if it has one; [] if not exactly one holds text."""
+    if names.count(reading.text_field) != 1:
+        return []
+    licence = {reading.licence_field} - {reading.text_field}
+    return [reading.text_field, *(name for name in licence if names.count(name) == 1)]
+
+
 def read_parquet(source: str, candidate: Candidate, reading: Reading) -> Iterator[Document | Rejection]:
     """One document a row, read in batches; the largest thing held is one column chunk of a row group."""
     index = 0
     try:
         with pq.ParquetFile(candidate.file) as file:
-            wanted = [reading.text_field, reading.licence_field]
-            columns = [name for name in file.schema_arrow.names if name in wanted]
-            if reading.text_field not in columns:
-                fields = ", ".join(sorted(file.schema_arrow.names)[:8])
-                reason = f"no text in field {reading.text_field!r} (set text_field; it has: {fields})"
-                yield Rejection(candidate.name, reason)
+            names = file.schema_arrow.names
+            columns = wanted_columns(names, reading)
+            if not columns:
+                yield no_text(candidate.name, names, reading)
                 return
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for row in range(batch.num_rows):
-                    yield _parse_row(source, f"{candidate.name}#{index}", batch, row, reading)
+                    yield parse_row(source, f"{candidate.name}#{index}", batch, row, reading)
                     index += 1
     except UNREADABLE as error:
         yield Rejection(f"{candidate.name}#{index}", unreadable(error))
 
 
-def _parse_row(
+def parse_row(
     source: str, name: str, batch: pa.RecordBatch, row: int, reading: Reading
 ) -> Document | Rejection:
+    """A document from a row of a table, unless the cap leaves it out."""
     if unit("record", name) >= reading.share:
         return Rejection(name, OVER_CAP, quarantined=False)
     try:

@@ -1,5 +1,6 @@
 """From the words of a configuration to sources."""
 
+import os
 from pathlib import Path
 
 from data.sources.arrow import DatasetsSource
@@ -19,7 +20,8 @@ def resolve(words: str, split: str = "train", subset: str = "") -> list[Source]:
     is a path. A path with a comma in it works when it is the only source. Raises ConfigError for what
     does not exist.
     """
-    if Path(words).expanduser().exists():
+    # os.path takes an unknown ~user or an overlong name for a path that does not exist; pathlib raises.
+    if os.path.exists(os.path.expanduser(words)):
         return [_from_path(words)]
     sources: list[Source] = []
     for word in (part.strip() for part in words.split(",")):
@@ -39,9 +41,9 @@ def resolve(words: str, split: str = "train", subset: str = "") -> list[Source]:
 
 
 def _from_path(word: str) -> Source:
-    path = Path(word).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(word))
+    if os.path.isdir(path):
         return GitSource(path) if (path / ".git").exists() else TreeSource(path)
-    if path.exists():
+    if os.path.exists(path):
         return FileSource(path)
     raise ConfigError(f"sources: there is no {word!r}; give {_KNOWN}, or a comma-separated list of these")

@@ -2,12 +2,14 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data.documents import DocumentWriter, iter_documents
 from data.ingest import Account, check_budget, choose, digest, ingest, reason_class
 from data.sources.base import Reading
-from data.sources.tree import TreeSource
+from data.sources.tree import FileSource, TreeSource
 from infra.errors import HeadwaterError
 
 
@@ -112,6 +114,25 @@ def test_the_error_budget_names_the_first_files(tmp_path: Path):
     with pytest.raises(HeadwaterError, match=r"2 of 10 .*in/bad\d.txt \(invalid UTF-8 at byte 3\)") as told:
         check_budget(account, 0.1)
     assert "raise error_budget" in str(told.value)
+
+
+def test_records_that_a_cap_passes_over_do_not_stretch_the_error_budget(tmp_path: Path):
+    lines = [json.dumps({"text": f"text {i}"}) if i % 2 else "broken" for i in range(4000)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
+    account, _ = take([FileSource(tmp_path / "rows.jsonl")], tmp_path, max_bytes=1000)
+    assert account.read == 4000
+    assert 20 < account.quarantined.total() < 80
+    with pytest.raises(HeadwaterError, match=r"^\d\d of \d\d documents could not be read \((4|5|6)\d\.\d%"):
+        check_budget(account, 0.3)
+    check_budget(account, 0.7)
+
+
+def test_documents_beyond_the_cap_that_were_read_count_as_tried(tmp_path: Path):
+    # So well compressed that the file seems to fit under the cap, and every row is read.
+    pq.write_table(pa.table({"text": ["x" * 1000] * 40 + [None] * 2}), tmp_path / "rows.parquet")
+    account, _ = take([FileSource(tmp_path / "rows.parquet")], tmp_path, max_bytes=10_000)
+    assert (account.kept, account.dropped.total(), account.quarantined.total()) == (10, 30, 2)
+    check_budget(account, 0.1)
 
 
 def test_an_empty_corpus_is_an_error(tmp_path: Path):

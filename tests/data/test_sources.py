@@ -2,6 +2,8 @@ import ast
 import gzip
 import json
 import os
+import re
+import struct
 import subprocess
 from pathlib import Path
 
@@ -222,6 +224,50 @@ def test_saved_datasets_are_read_without_a_network(tmp_path: Path):
     assert [d.path for d in documents] == ["two/test/00000.arrow#0"]
     with pytest.raises(HeadwaterError, match="no split 'dev'; it has train, test"):
         DatasetsSource(str(tmp_path / "two"), split="dev").candidates()
+
+
+def save_arrow(folder: Path, table: pa.Table) -> DatasetsSource:
+    folder.mkdir(exist_ok=True)
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}), "utf-8")
+    return DatasetsSource(str(folder))
+
+
+def test_rows_of_a_dataset_that_are_no_text_are_quarantined_one_by_one(tmp_path: Path):
+    ends, raw = struct.pack("<4i", 0, 2, 5, 5), b"\xff\xfeabc"
+    column = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(ends), pa.py_buffer(raw)])
+    documents, rejections = read_all(save_arrow(tmp_path / "odd", pa.table({"text": column})))
+    assert [d.text for d in documents] == ["abc"]
+    assert [r.reason for r in rejections] == ["invalid UTF-8 at byte 0", "empty"]
+
+
+def test_a_table_without_one_column_of_text_says_what_it_has(tmp_path: Path):
+    tables = [
+        pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]),
+        pa.table({"body": ["a", "b"], "id": [1, 2]}),
+    ]
+    for table, fields in zip(tables, ("text, text", "body, id"), strict=True):
+        pq.write_table(table, tmp_path / "rows.parquet")
+        for source in (FileSource(tmp_path / "rows.parquet"), save_arrow(tmp_path / "saved", table)):
+            documents, rejections = read_all(source)
+            assert documents == []
+            assert [r.reason for r in rejections] == [
+                f"no text in field 'text' (set text_field; it has: {fields})"
+            ]
+
+
+@pytest.mark.parametrize("state", ["{", "[]", "{}", '{"_data_files": [{}]}'])
+def test_a_damaged_dataset_folder_is_named(tmp_path: Path, state: str):
+    (tmp_path / "state.json").write_text(state, "utf-8")
+    with pytest.raises(HeadwaterError, match=re.escape(str(tmp_path))):
+        DatasetsSource(str(tmp_path)).candidates()
+
+
+@pytest.mark.parametrize("words", ["~nosuchuser/x", "x" * 5000, "a\0b"])
+def test_paths_that_cannot_be_do_not_exist(words: str):
+    with pytest.raises(ConfigError, match="sources: there is no"):
+        resolve(words)
 
 
 def test_a_dataset_that_cannot_be_loaded_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

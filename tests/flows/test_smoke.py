@@ -80,3 +80,37 @@ def test_one_stage_again_makes_one_artifact_and_diff_names_one_field(home: Path)
     told = json.loads(headwater(home, "diff", before, "smoke/sft", "--json").stdout)
     asked = [one["field"] for one in told if one["kind"] in ("identity", "placement", "code", "environment")]
     assert asked == ["config.epochs"]
+
+
+def test_the_export_answers_in_transformers_as_the_engine_does(home: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from data.chat import EOS
+    from flows.open_model import open_model
+    from model.engine.engine import Engine, Request
+    from model.engine.sampling import Sampling
+
+    export = Store(home).resolve("smoke")
+    model, tokenizer = open_model(export)
+    theirs = AutoModelForCausalLM.from_pretrained(export.path, dtype=torch.float32).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(export.path)
+    prompts = ["Reverse 32.", "Reverse 70.", "Reverse 58.", "What is the pass key?"]
+    requests = [Request(tuple(tokenizer.prompt_ids(prompt))) for prompt in prompts]
+    ours = Engine(model, [EOS]).generate(requests, Sampling(max_tokens=24, temperature=0.0))
+    for prompt, request, completion in zip(prompts, requests, ours, strict=True):
+        message = [{"role": "user", "content": prompt}]
+        ids = their_tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        assert tuple(ids) == request.prompt
+        tokens = torch.tensor([ids])
+        with torch.no_grad():
+            logits = theirs(tokens).logits
+            assert torch.allclose(logits, model.logits(model(tokens).states_BTD[0]), atol=1e-4)
+            answer = theirs.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=24,
+                do_sample=False,
+                pad_token_id=EOS,
+            )
+        assert answer[0, len(ids) :].tolist() == completion.tokens

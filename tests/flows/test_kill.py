@@ -1,4 +1,5 @@
-"""Every stage of the real pipeline killed again and again: what comes out must be what an undisturbed run makes.
+"""Every stage of the real pipeline killed again and again: what comes out must be what an undisturbed run
+makes.
 
 Slow, because it runs the smoke preset twice and starts it over a few dozen times.
 """

@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from flows import leash
 from flows.worker import Job
@@ -131,7 +131,7 @@ async def _work(store: Store, task: Task, listen: Listen) -> Outcome:
 
 
 @contextlib.contextmanager
-def _job_file(store: Store, task: Task, folder: Path):
+def _job_file(store: Store, task: Task, folder: Path) -> Iterator[Path]:
     """The job on disk for as long as the worker lives; of its own name, for two runs may build one node."""
     job = Job(
         home=str(store.home),
@@ -155,7 +155,7 @@ def _job_file(store: Store, task: Task, folder: Path):
 
 
 @contextlib.contextmanager
-def _appending(log: Path):
+def _appending(log: Path) -> Iterator[BinaryIO]:
     """What the worker and its libraries print, kept between tries but not for ever."""
     if log.exists() and log.stat().st_size > _LOG_KEPT:
         log.unlink()

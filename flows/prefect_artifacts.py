@@ -5,15 +5,18 @@ They are a view. The records are the truth, so a server that is away costs a war
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from prefect.artifacts import acreate_image_artifact, acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL
 
+from flows import server
 from flows.report_page import duration, number
 from flows.runner import Result
 from infra import lineage
@@ -89,9 +92,17 @@ async def _table(name: str, rows: list[dict[str, Any]], description: str) -> Non
     await _kept(acreate_table_artifact(rows, name, description))
 
 
-async def _kept(making: Any) -> None:
+async def _kept(making: Coroutine[Any, Any, Any]) -> None:
     """Make an artifact; a server that does not take it is worth a warning, not a failed stage."""
+    if not await reachable():
+        making.close()  # the client would try for a long while
+        return
     try:
         await making
     except Exception as error:  # whatever the client raises, the work is done and recorded
         get_run_logger().warning("Prefect did not take an artifact: %s", error)
+
+
+async def reachable() -> bool:
+    """Whether the server that this process records in still answers; it may be busy for a while."""
+    return await asyncio.to_thread(server.healthy, PREFECT_API_URL.value() or "", 15.0)

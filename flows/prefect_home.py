@@ -48,8 +48,10 @@ def environment(home: Path, api_url: str, lasting: bool) -> dict[str, str]:
 def enter(home: Path, api_url: str, lasting: bool, console: bool = True) -> None:
     """Give this process those settings; call it before the first import of Prefect.
 
-    Without `console` Prefect's log goes to the server alone, for a command that prints its own lines.
+    Without `console` it is a command that prints its own lines: Prefect's log goes to the server alone.
     """
     os.environ.update(environment(home, api_url, lasting))
     if not console:
+        # A server that is gone is found to be gone in seconds; the command does not depend on it.
+        os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "1"
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"

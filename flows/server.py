@@ -52,7 +52,11 @@ def serve(home: Path, port: int = 0, services: bool = True) -> Iterator[Server]:
     log = prefect_home.folder(home) / ("server.log" if services else "run-server.log")
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     url = f"http://{HOST}:{port}"
-    environment = prefect_home.environment(home, f"{url}/api", lasting=services)
+    environment = {
+        **prefect_home.environment(home, f"{url}/api", lasting=services),
+        # By default any web site that a browser shows could talk to the server.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
+    }
     process = leash.start(command + ([] if services else ["--no-services", "--no-ui"]), environment, log)
     try:
         _wait(process, f"{url}/api", log)
@@ -71,12 +75,12 @@ def _wait(process: subprocess.Popen[bytes], api_url: str, log: Path) -> None:
         time.sleep(0.1)
 
 
-def healthy(api_url: str) -> bool:
-    """Whether a Prefect server answers at `api_url`."""
+def healthy(api_url: str, timeout: float = 2.0) -> bool:
+    """Whether a Prefect server answers at `api_url` within `timeout` seconds."""
     try:
         # Loopback only, whatever proxy the machine is set to use.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"{api_url}/health", timeout=2.0) as answer:
+        with opener.open(f"{api_url}/health", timeout=timeout) as answer:
             return answer.status == 200
     except (OSError, urllib.error.URLError, ValueError):
         return False

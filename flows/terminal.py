@@ -35,7 +35,10 @@ class Terminal:
         self._progress: Progress | None = None
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"))
-            self._progress = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
+            # Twice a second is smooth enough, and leaves the cores to the work.
+            self._progress = Progress(
+                *columns, TimeElapsedColumn(), console=self.console, transient=True, refresh_per_second=2
+            )
 
     def __enter__(self) -> Terminal:
         if self._progress:

@@ -131,6 +131,19 @@ def test_the_server_listens_on_loopback_alone(up: Up) -> None:
     assert listening == {"127.0.0.1"}
 
 
+def test_no_other_web_site_may_talk_to_it(up: Up) -> None:
+    for origin, allowed in ((up.url.removesuffix("/api"), True), ("https://example.org", False)):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        request = urllib.request.Request(f"{up.url}/flow_runs/filter", headers=asked, method="OPTIONS")
+        try:
+            with _LOOPBACK.open(request, timeout=30) as answer:
+                given = answer.headers.get("Access-Control-Allow-Origin")
+        except urllib.error.HTTPError as error:
+            with error:
+                given = error.headers.get("Access-Control-Allow-Origin")
+        assert (given == origin) is allowed
+
+
 def test_every_stage_every_node_and_every_preset_is_deployed(up: Up) -> None:
     found = {one["id"]: one for one in up.call("/deployments/filter", {})}
     names = {one["name"] for one in found.values()}
@@ -194,8 +207,13 @@ def test_a_stage_runs_through_the_worker_and_its_artifact_is_in_the_store(up: Up
     rows = {row["figure"]: row["value"] for row in json.loads(artifacts["form-tasks-summary"]["data"])}
     assert rows["artifact"] == made.ref
     assert rows["train"] == "20"
-    logs = up.call("/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
-    assert any("building tasks: first tasks in this store" in one["message"] for one in logs)
+    # The log is sent in batches, the last of them when the process ends.
+    until, logs = time.monotonic() + 30, ""
+    while "building tasks: first tasks in this store" not in logs:
+        assert time.monotonic() < until, logs
+        query = {"logs": {"flow_run_id": {"any_": [run]}}}
+        logs = "\n".join(one["message"] for one in up.call("/logs/filter", query))
+        time.sleep(0.3)
 
 
 def test_a_wrong_value_is_refused_by_the_form(up: Up) -> None:
@@ -266,6 +284,41 @@ def test_a_second_up_for_the_same_home_is_refused(up: Up) -> None:
     done = subprocess.run(command, env=environment(up.home), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert f"running already for {up.home}: {up.url}" in done.stderr
+
+
+def test_a_server_that_does_not_answer_keeps_no_run_from_its_work(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    address = f"http://127.0.0.1:{server.free_port()}/api"
+    command = [sys.executable, "-P", "-m", "flows.cli", "run", "--preset", str(TOY)]
+    variables = {**environment(home), "PREFECT_API_URL": address}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"recording in Prefect at {address}" in done.stderr
+    assert "going on without it" in done.stderr
+    assert "train    built" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_the_middle_keeps_no_run_from_its_work(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    command = [sys.executable, "-P", "-m", "flows.cli", "run", "--preset", str(TOY), "--set", "train.pause=1"]
+    process = subprocess.Popen(
+        command, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "train" in line and "25%" in line:
+                break
+        for one in psutil.Process(process.pid).children():
+            if "prefect" in one.cmdline():
+                one.kill()
+        out, errors = process.communicate(timeout=150)
+        assert process.returncode == 0, errors
+        assert "last     built" in out
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_without_a_server_a_run_brings_its_own_and_leaves_its_records(tmp_path: Path) -> None:

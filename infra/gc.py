@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.errors import HeadwaterError, StoreError
+from infra.artifact import Artifact
+from infra.errors import CorruptArtifact, HeadwaterError, StoreError
 from infra.files import read_json
 
 if TYPE_CHECKING:
@@ -53,11 +54,21 @@ def plan_gc(store: Store, runs: int = 10, min_age_hours: float = 1.0, work_days:
     progress reads, anything younger than `min_age_hours` (a run in progress may not have noted it yet), and
     everything upstream of all these. Work folders go when they were not touched for `work_days`, or when
     their artifact is there.
+
+    Raises StoreError when a record among what is kept cannot be read, a newer Headwater's included: what lies
+    upstream of it is not known then, and must not be taken for garbage.
     """
     if runs < 0 or min_age_hours < 0 or work_days < 0:
         raise HeadwaterError("gc: runs, hours and days must be 0 or more")
     kept: dict[str, str] = {}
-    artifacts = {artifact.ref: artifact for artifact in store.artifacts()}
+    artifacts: dict[str, Artifact] = {}
+    unread: dict[str, StoreError] = {}
+    for ref in store.refs():
+        stage, _, id = ref.partition("@")
+        try:
+            artifacts[ref] = store.artifact(stage, id)
+        except StoreError as error:
+            unread[ref] = error
 
     def keep(refs: Iterable[str], reason: str) -> None:
         todo = [(ref, reason) for ref in refs if ref]
@@ -80,6 +91,11 @@ def plan_gc(store: Store, runs: int = 10, min_age_hours: float = 1.0, work_days:
         age = time.time() - datetime.fromisoformat(artifact.record.finished).timestamp()
         if age < min_age_hours * 3600:
             keep([ref], f"made less than {min_age_hours:g} h ago")
+
+    for ref, error in unread.items():
+        # A changed record is nobody's any more; one that is whole but strange belongs to other code.
+        if ref in kept or not isinstance(error, CorruptArtifact):
+            raise StoreError(f"gc cannot tell what {ref} was built from, so it removes nothing: {error}")
 
     garbage = []
     made = {ref: artifact.record.finished for ref, artifact in artifacts.items()}

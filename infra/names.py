@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ _NAME = re.compile(rf"{_PART}(/{_PART})*")
 _SINGLE = re.compile(_PART)
 # Run files live under names/runs/, so no promoted name may start there.
 _RUNS = "runs"
+# What the two kinds of documents hold, as far as others rely on it.
+_PROMOTED = {"artifact": str, "history": list}
+_RUN = {"nodes": dict, "info": dict, "updated": str}
 
 
 def utc_now() -> str:
@@ -163,7 +166,10 @@ class Names:
         if raw is None:
             return None
         try:
-            document: Mapping[str, Any] = json.loads(raw)
+            document = json.loads(raw)
         except ValueError as error:
             raise StoreError(f"{key}: not readable as JSON ({error}); restore or delete the file") from None
-        return dict(document)
+        for name, kind in (_RUN if key.startswith(f"names/{_RUNS}/") else _PROMOTED).items():
+            if not isinstance(document, dict) or not isinstance(document.get(name), kind):
+                raise StoreError(f"{key}: it has no {name!r}, so it was changed; restore or delete the file")
+        return document

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from infra.config import canonical_json
-from infra.errors import CorruptArtifact, StoreError
+from infra.errors import ConfigError, CorruptArtifact, StoreError
 from infra.files import render_json, sha256_bytes, sha256_file
 
 RECORD = "record.json"
@@ -189,7 +189,23 @@ def read_record(folder: Path) -> Record:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{folder}: not an artifact (it has no {RECORD})") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from None
     return from_bytes(raw, str(path))
+
+
+def _as_published(data: Any, raw: bytes) -> bool:
+    """Whether the JSON in `raw` agrees with its own digest, to the byte."""
+    try:
+        # The rendering is compared too: a byte flipped between two kinds of white space leaves the content as
+        # it was.
+        return (
+            isinstance(data, dict)
+            and data.get("record_digest") == self_digest(data)
+            and render_json(data) == raw
+        )
+    except ConfigError:  # 1e905 and half a surrogate pair can be read, but not written
+        return False
 
 
 def from_bytes(raw: bytes, where: str = RECORD) -> Record:
@@ -200,13 +216,7 @@ def from_bytes(raw: bytes, where: str = RECORD) -> Record:
         raise CorruptArtifact(
             f"{where}: not readable as JSON ({error}); rebuild the artifact with --force"
         ) from None
-    # The rendering is compared too: a byte flipped between two kinds of white space leaves the content as it
-    # was.
-    if (
-        not isinstance(data, dict)
-        or data.get("record_digest") != self_digest(data)
-        or render_json(data) != raw
-    ):
+    if not _as_published(data, raw):
         raise CorruptArtifact(
             f"{where}: it was changed after publishing (its own digest does not match); "
             "rebuild the artifact with --force"

@@ -27,14 +27,18 @@ _FORMS = "a reference is run/node, a promoted name, stage@id or the path of an a
 def default_home() -> Path:
     """`$HEADWATER_HOME`, or `.headwater/` in the checkout."""
     given = os.environ.get("HEADWATER_HOME", "")
-    return Path(given).expanduser() if given else ROOT / ".headwater"
+    return Path(given) if given else ROOT / ".headwater"
 
 
 class Store:
     """An artifact store in a folder, made on first use."""
 
     def __init__(self, home: Path | str | None = None) -> None:
-        self.home = Path(home if home is not None else default_home()).expanduser().absolute()
+        given = home if home is not None else default_home()
+        try:
+            self.home = Path(given).expanduser().absolute()
+        except RuntimeError:
+            raise StoreError(f"{given}: there is no such user; set HEADWATER_HOME to a folder") from None
         if self.home.exists() and not self.home.is_dir():
             raise StoreError(f"{self.home} is a file; point HEADWATER_HOME at a folder")
         self.storage = LocalStorage(self.home)
@@ -153,7 +157,8 @@ class Store:
                     f"{what} points at {target}, which is no longer in the store; build it again"
                 )
             return self.artifact(stage, id)
-        if (Path(ref) / RECORD).is_file():
+        # os.path finds no file where pathlib would raise, for an overlong name.
+        if os.path.isfile(Path(ref) / RECORD):
             return self._by_path(ref)
         raise UnknownReference(self._unknown(ref))
 
@@ -198,9 +203,9 @@ class Store:
 
     @staticmethod
     def _by_path(ref: str) -> Artifact:
-        path = Path(ref).expanduser()
+        path = Path(os.path.expanduser(ref))
         folder = path.parent if path.name == RECORD else path
-        if not (folder / RECORD).is_file():
+        if not os.path.isfile(folder / RECORD):
             raise UnknownReference(f"{folder}: not an artifact (it has no {RECORD}); {_FORMS}")
         return Artifact.open(folder.absolute())
 

@@ -13,8 +13,10 @@ from infra import index
 from infra.artifact import Artifact
 from infra.build import build
 from infra.diff import causes, diff
-from infra.errors import HeadwaterError
+from infra.errors import HeadwaterError, StoreError
+from infra.files import render_json
 from infra.gc import collect, plan_gc
+from infra.record import self_digest
 from infra.store import Store
 from tests.infra.toys import TRAIN, WORDS, TrainConfig, WordsConfig
 
@@ -104,6 +106,26 @@ def test_gc_keeps_what_names_and_runs_reach(store: Store, words: Artifact, train
     assert list((store.home / "work").iterdir()) == []
     assert set(refs(store)) == set(sweep.kept)
     assert collect(store, sweep) == ([], [])
+
+
+def test_gc_removes_nothing_while_a_record_that_it_must_follow_cannot_be_read(
+    store: Store, words: Artifact, trained: Artifact
+) -> None:
+    record = trained.path / "record.json"
+    whole = record.read_bytes()
+    data = json.loads(whole) | {"schema": 999}
+    data["record_digest"] = self_digest(data)
+    record.write_bytes(render_json(data))
+    with pytest.raises(StoreError, match=rf"what {trained.ref} was built from.*update Headwater"):
+        plan_gc(store, min_age_hours=0)
+
+    record.write_bytes(whole.replace(b"train", b"trial"))
+    assert {one.ref for one in plan_gc(store, min_age_hours=0).garbage} == {words.ref, trained.ref}
+    record.write_bytes(whole)
+    store.promote(trained.ref, "chat")
+    record.write_bytes(whole.replace(b"train", b"trial"))
+    with pytest.raises(StoreError, match=rf"what {trained.ref} was built from.*rebuild"):
+        plan_gc(store, min_age_hours=0)
 
 
 def test_gc_leaves_what_is_locked_and_what_a_build_in_progress_reads(

@@ -65,6 +65,26 @@ def test_every_flipped_byte_is_noticed() -> None:
                 from_bytes(raw[:i] + bytes([raw[i] ^ bit]) + raw[i + 1 :], "here/record.json")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "changed"),
+    [("metrics", {"a": 1e-05}, b"1e905"), ("metrics", {"a": "x\nd800"}, b"\\ud800")],
+)
+def test_a_byte_that_leaves_what_json_cannot_hold_is_noticed(
+    field: str, value: object, changed: bytes
+) -> None:
+    raw = dataclasses.replace(small(), **{field: value}).render()
+    before = changed.replace(b"1e9", b"1e-").replace(b"\\u", b"\\n")
+    assert raw.count(before) == 1
+    with pytest.raises(CorruptArtifact, match=r"here/record\.json: it was changed after publishing"):
+        from_bytes(raw.replace(before, changed), "here/record.json")
+
+
+def test_a_record_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "record.json").mkdir()
+    with pytest.raises(StoreError, match=r"record\.json: cannot be read \(Is a directory\)"):
+        read_record(tmp_path)
+
+
 def test_a_changed_field_names_the_file() -> None:
     data = json.loads(small().render())
     data["metrics"]["é"] = 2

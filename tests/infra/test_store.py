@@ -166,6 +166,24 @@ def test_a_torn_names_file_is_named(store: Store) -> None:
         store.resolve("x")
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"artifact": 3, "history": []}', '{"nodes": []}'])
+def test_a_names_file_of_another_form_is_named(store: Store, text: str) -> None:
+    for key, ref in (("names/x.json", "x"), ("names/runs/r.json", "r/x")):
+        (store.home / key).parent.mkdir(parents=True, exist_ok=True)
+        (store.home / key).write_text(text)
+        with pytest.raises(
+            StoreError, match=rf"{key}: it has no '\w+', so it was changed; restore or delete"
+        ):
+            store.resolve(ref)
+        (store.home / key).unlink()
+
+
+def test_references_that_no_path_can_have(store: Store) -> None:
+    for ref in ("x" * 5000, "./" + "x" * 300, "~nosuchuser/x"):
+        with pytest.raises(UnknownReference):
+            store.resolve(ref)
+
+
 def test_broken_records_are_listed_not_hidden(store: Store, words: Artifact, other: Artifact) -> None:
     (other.path / "record.json").write_text("nonsense")
     assert [one.ref for one in store.artifacts()] == [words.ref]
@@ -190,6 +208,9 @@ def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_home().name == ".headwater"
     monkeypatch.setenv("HEADWATER_HOME", str(tmp_path / "h"))
     assert open_store().home == tmp_path / "h"
+    monkeypatch.setenv("HEADWATER_HOME", "~nosuchuser/x")
+    with pytest.raises(StoreError, match="no such user; set HEADWATER_HOME"):
+        open_store()
     (tmp_path / "file").write_text("")
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StoreError, match="HEADWATER_HOME"):

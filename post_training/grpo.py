@@ -34,6 +34,9 @@ class GRPOConfig:
     """Weight of the KL divergence to the reference policy, inside the objective."""
     updates: int = 1
     """Optimizer steps on each batch of rollouts."""
+    min_spread: float = 0.0
+    """Least standard deviation that advantages are divided by. Where a reward model only adds to rules, a
+    group that the rules find equal would otherwise be ranked by its noise, at full size."""
     micro_tokens: int = 8192
     """Tokens whose activations are held at once."""
 
@@ -46,8 +49,9 @@ class GRPOConfig:
             raise ValueError("grpo.groups and grpo.updates must be at least 1")
 
 
-def advantages(rewards_N: Tensor, group_size: int) -> Tensor:
-    """(r - mean) / std within each group of consecutive rollouts, zero where all are equal: float32 [N].
+def advantages(rewards_N: Tensor, group_size: int, min_spread: float = 0.0) -> Tensor:
+    """(r - mean) / max(std, min_spread) within each group of consecutive rollouts, zero where all are equal:
+    float32 [N].
 
     ValueError when the rollouts do not make whole groups.
     """
@@ -57,7 +61,7 @@ def advantages(rewards_N: Tensor, group_size: int) -> Tensor:
     # which divided by its own standard deviation would be an advantage like any other.
     groups = rewards_N.double().view(-1, group_size)
     differ = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) > 1e-6
-    spread = groups.std(dim=1, correction=0, keepdim=True)
+    spread = groups.std(dim=1, correction=0, keepdim=True).clamp(min=min_spread)
     centred = groups - groups.mean(dim=1, keepdim=True)
     return torch.where(differ, centred / torch.where(differ, spread, 1.0), 0.0).flatten().float()
 
@@ -92,7 +96,7 @@ def update(
     Rollouts of a group stand next to each other. Both models are left in evaluation mode: only the router's
     balance loss, which has no place here, tells the modes apart.
     """
-    advantage_N = advantages(rewards_N, config.group_size)
+    advantage_N = advantages(rewards_N, config.group_size, config.min_spread)
     figures: dict[str, float] = {}
     batches = _micro_batches(model, reference, rollouts, advantage_N, config)
     tokens = sum(batch.advantage_S.numel() for batch in batches)

@@ -32,6 +32,12 @@ class GRPOStageConfig(StageConfig):
     beta: float = Field(0.02, ge=0, description="Weight of the KL divergence to the SFT checkpoint")
     clip: float = Field(0.2, gt=0, description="Clip of the probability ratio")
     updates: int = Field(1, gt=0, description="Optimizer steps a batch of rollouts")
+    min_spread: float = Field(
+        0.0,
+        ge=0,
+        description="Least deviation that advantages are divided by; 0.1 keeps a reward model's small "
+        "differences small where the rules see none",
+    )
     format_weight: float = Field(0.1, ge=0, description="Reward of a well-formed response")
     reward_model_weight: float = Field(
         0.1, ge=0, description="Weight of the reward model's score, if one is given"
@@ -83,7 +89,13 @@ def run(config: GRPOStageConfig, context: StageContext) -> None:
         problems,
         reward,
         GRPOConfig(
-            config.groups, config.group_size, config.clip, config.beta, config.updates, config.micro_tokens
+            config.groups,
+            config.group_size,
+            config.clip,
+            config.beta,
+            config.updates,
+            config.min_spread,
+            config.micro_tokens,
         ),
         RLConfig(
             config.steps, config.temperature, config.max_tokens, config.system_share, config.checkpoint_every

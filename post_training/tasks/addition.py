@@ -13,7 +13,9 @@ def make(rng: random.Random, size: int) -> Problem:
         rng.randrange(10 ** (digits - 1), 10**digits)
         for digits in (rng.randint(2, size), rng.randint(2, size))
     )
-    return Problem("addition", f"What is {a}+{b}?", thought(a, b), str(a + b))
+    return Problem(
+        "addition", f"What is {a}+{b}?", thought(a, b), str(a + b), twin=f"{min(a, b)}+{max(a, b)}"
+    )
 
 
 def thought(a: int, b: int) -> str:

@@ -14,12 +14,17 @@ sample)."""
 
 @dataclass(frozen=True)
 class Problem:
-    """`thought` is a worked solution, `answer` the bare answer that the verifier expects."""
+    """`thought` is a worked solution, `answer` the bare answer that the verifier expects.
+
+    `twin` is what problems that ask the same in other words have in common (a+b and b+a); they are held out
+    together. Empty when there are none.
+    """
 
     family: str
     prompt: str
     thought: str
     answer: str
+    twin: str = ""
 
     @property
     def id(self) -> str:
@@ -52,8 +57,10 @@ class Family:
 
 
 def is_held_out(problem: Problem, share: float, salt: str = "split") -> bool:
-    """Split by hash of the problem, before anything is trained: no stage can see a held-out question.
+    """Split by hash of the problem, before anything is trained: no stage can see a held-out question, nor
+    its twin.
 
     Another `salt` gives an independent split, for a stage that measures itself on training problems.
     """
-    return int(hashlib.sha256(f"{salt}\0{problem.id}".encode()).hexdigest()[:8], 16) < share * 2**32
+    key = f"{problem.family}/{problem.twin}" if problem.twin else problem.id
+    return int(hashlib.sha256(f"{salt}\0{key}".encode()).hexdigest()[:8], 16) < share * 2**32

@@ -46,6 +46,14 @@ def test_advantages_ignore_shift_and_scale_of_a_group() -> None:
     assert float(advantages(rewards, 4).square().mean()) == pytest.approx(1.0)
 
 
+def test_a_least_spread_keeps_small_differences_small() -> None:
+    noise = torch.tensor([1.001, 1.0, 1.0, 0.999])
+    assert float(advantages(noise, 4).abs().max()) > 1
+    assert float(advantages(noise, 4, 0.1).abs().max()) == pytest.approx(0.01, rel=1e-3)
+    clear = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    torch.testing.assert_close(advantages(clear, 4, 0.1), advantages(clear, 4))
+
+
 def test_advantages_of_broken_groups() -> None:
     with pytest.raises(ValueError, match="5 rewards do not make groups of 2"):
         advantages(torch.zeros(5), 2)

@@ -140,3 +140,13 @@ def test_held_out_share_and_salt() -> None:
     salted = [p for p in held if is_held_out(p, 0.1, "other")]
     assert 10 < len(salted) < 90
     assert not any(is_held_out(p, 0.0) for p in problems)
+
+
+def test_additions_that_differ_in_the_order_of_their_operands_are_held_out_together() -> None:
+    rng = random.Random(3)
+    for _ in range(200):
+        problem = addition.make(rng, 3)
+        a, b = problem.prompt.removeprefix("What is ").removesuffix("?").split("+")
+        mirror = Problem("addition", f"What is {b}+{a}?", "", problem.answer, twin=problem.twin)
+        assert problem.twin == "+".join(sorted((a, b), key=int))
+        assert is_held_out(problem, 0.3) == is_held_out(mirror, 0.3)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.gain import gains
 from flows.gates import Gate, Verdict, judge
 from flows.runner import Result, figure
 from infra import lineage
@@ -38,6 +39,8 @@ class Row:
     seconds: float
     figures: Mapping[str, Any]
     error: str = ""
+    # Left by an earlier run of the same name, which this one (of a part) did not look at.
+    earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Report:
     gates: tuple[Mapping[str, Any], ...]
     promotion: str
     tree: str
+    # What reinforcement learning brought, a paragraph each.
+    gains: tuple[str, ...] = ()
 
     @property
     def page(self) -> Path:
@@ -119,7 +124,8 @@ def gather(store: Store, run: str) -> Report:
     order += [name for name in sorted(document["nodes"]) if name not in order]
     rows = [_row(store, name, document["nodes"][name], info) for name in order]
     artifacts = [(row.node, row.artifact) for row in rows if row.artifact is not None]
-    root = dict(artifacts).get(info.get("root", "")) or (artifacts[-1][1] if artifacts else None)
+    now = {row.node: row.artifact for row in rows if row.artifact is not None and not row.earlier}
+    root = now.get(info.get("root", "")) or (list(now.values())[-1] if now else None)
     return Report(
         run=run,
         preset=info.get("name", run),
@@ -133,12 +139,8 @@ def gather(store: Store, run: str) -> Report:
         gates=tuple(info.get("gates", [])),
         promotion=info.get("promotion", ""),
         tree=lineage.to_text(lineage.back(store, root)) if root else "",
+        gains=gains(artifact for _, artifact in artifacts),
     )
-
-
-def judged(report: Report) -> bool:
-    """Whether every gate of the run held."""
-    return all(gate["holds"] for gate in report.gates) and not report.promotion.startswith("not ")
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
@@ -181,14 +183,17 @@ def _row(store: Store, name: str, entry: Mapping[str, Any], info: Mapping[str, A
     named = [key for key in info.get("figures", {}).get(name, []) if key in metrics]
     keys = named or [key for key, value in metrics.items() if not isinstance(value, str)]
     details = entry.get("details", {})
+    statuses = info.get("statuses", {})
+    earlier = bool(statuses) and name not in statuses
     return Row(
         node=name,
         stage=entry["stage"],
-        status=info.get("statuses", {}).get(name, entry["status"]),
+        status="earlier run" if earlier else statuses.get(name, entry["status"]),
         artifact=artifact,
         seconds=float(details.get("seconds") or 0.0),
         figures={key: metrics[key] for key in keys[:_FIGURES]},
-        error=str(details.get("error", "")),
+        error="" if earlier else str(details.get("error", "")),
+        earlier=earlier,
     )
 
 

@@ -34,6 +34,10 @@ def render(report: Report) -> str:
         f"{len(report.rows)} nodes, {duration(report.seconds)}, "
         f"{escape(report.made[:19].replace('T', ' '))} UTC</p>",
         _section("Claims", _gates(report)),
+        _section(
+            "What reinforcement learning brought",
+            "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in report.gains),
+        ),
         _section("Stages", _stages(report.rows)),
         _section("Curves", _plots(report.rows)),
         _section("Sample answers", _samples(report.samples)),
@@ -82,7 +86,7 @@ def _stages(rows: Iterable[Row]) -> str:
         ("node", "stage", "", "time", "figures", "artifact"),
         [
             f"<tr><td>{escape(row.node)}</td><td>{escape(row.stage)}</td>"
-            f'<td class="{"dim" if row.artifact else "bad"}">{escape(row.status)}</td>'
+            f'<td class="{"dim" if row.artifact or row.earlier else "bad"}">{escape(row.status)}</td>'
             f'<td class="n">{duration(row.seconds)}</td>'
             f"<td>{_figures(row.figures)}{_error(row)}</td>"
             f'<td class="mono dim">{escape(row.artifact.ref if row.artifact else "")}</td></tr>\n'

@@ -123,6 +123,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         tail = f"  {gate['problem']}" if gate["problem"] else ""
         mark = Text("holds ", style="green") if gate["holds"] else Text("FAILS ", style="red")
         console.print(mark + Text(f"{gate['name']}: {value} ({gate['bound']}){tail}"))
+    for paragraph in report.gains:
+        console.print(Text(f"\n{paragraph}\n"))
     for curve in report.curves:
         console.print(Text(_curve(curve)))
     for sample in report.samples[:_ANSWERS]:

@@ -15,10 +15,13 @@ import pytest
 from rich.console import Console
 
 from flows import report, report_page
+from flows.gain import gains
 from flows.report import Curve, Report, Row, Sample, gather, read_jsonl
 from flows.report_page import duration, number, render
 from flows.terminal import Terminal, print_report, sparkline
+from infra.artifact import Artifact
 from infra.errors import StoreError
+from infra.record import FileEntry, InputRef
 from infra.store import Store
 
 Toy = Callable[..., Any]
@@ -63,6 +66,7 @@ def evil(tmp_path: Path) -> Report:
         ),
         promotion=EVIL,
         tree=EVIL,
+        gains=(EVIL,),
     )
 
 
@@ -118,10 +122,61 @@ def test_plots_and_samples_are_taken_from_the_artifacts(quick: Toy, store: Store
     assert samples[0].correct
 
 
+SCORES = {"pass_at_1": 0.4, "pass_at_1_system": 0.9, "reasoned": 0.25, "format": 1.0}
+
+
+def made(artifact: Artifact, stage: str, id: str, reads: dict[str, str], **metrics: float) -> Artifact:
+    """An artifact of a stage that read others in the given roles, with these figures in its record."""
+    inputs = tuple(InputRef(role, *ref.split("@"), "", "") for role, ref in reads.items())
+    changed = {"stage": stage, "id": id, "inputs": inputs, "metrics": metrics}
+    return dataclasses.replace(artifact, record=dataclasses.replace(artifact.record, **changed))
+
+
+def scored(artifact: Artifact, id: str, checkpoint: str, **metrics: float) -> Artifact:
+    reads = {"checkpoint": checkpoint, "problems": "tasks@1"}
+    return made(artifact, "evaluate", id, reads, **{**SCORES, **metrics})
+
+
+def reinforced(artifact: Artifact) -> list[Artifact]:
+    """What a run with reinforcement learning and its control leaves, as far as it matters here."""
+    return [
+        made(artifact, "sft", "first", {"base": "extend@1"}, forward_passes=5.0),
+        made(artifact, "grpo", "rl", {"policy": "sft@first", "problems": "tasks@1"}, forward_passes=80.0),
+        made(artifact, "sft", "more", {"base": "sft@first"}, forward_passes=100.0),
+        scored(artifact, "a", "sft@first"),
+        scored(artifact, "b", "grpo@rl", pass_at_1=0.85, reasoned=0.955),
+        scored(artifact, "c", "sft@more", pass_at_1=0.5),
+    ]
+
+
+def test_what_reinforcement_learning_brought_is_told_from_the_records(quick: Toy, store: Store) -> None:
+    result, _ = quick(stop=("left",))
+    listed = reinforced(result.outcomes["left"].artifact)
+    (told,) = gains(reversed(listed))
+    assert "the SFT model reasons in 25.0% of answers and is right in 40.0% (with the prompt 90.0%)" in told
+    assert "after GRPO it reasons unasked in 95.5% and is right in 85.0%" in told
+    assert "at 1.25 times the extra compute (forward passes), gives 50.0%" in told
+    shown = dataclasses.replace(report.finish(store, result), gains=(told,))
+    out = io.StringIO()
+    print_report(shown, Console(file=out, width=1000))
+    assert told in out.getvalue()
+    assert f"<p>{told}</p>" in render(shown)
+
+
+def test_nothing_is_told_that_was_not_compared_like_with_like(quick: Toy) -> None:
+    result, _ = quick(stop=("left",))
+    artifact = result.outcomes["left"].artifact
+    listed = reinforced(artifact)
+    for left_out in range(len(listed)):
+        assert gains(listed[:left_out] + listed[left_out + 1 :]) == (), listed[left_out].ref
+    elsewhere = {"checkpoint": "sft@more", "problems": "tasks@2"}
+    assert gains([*listed[:-1], made(artifact, "evaluate", "c", elsewhere, **SCORES)]) == ()
+    from_other = made(artifact, "sft", "more", {"base": "sft@other"}, forward_passes=100.0)
+    assert gains([*listed[:2], from_other, *listed[3:]]) == ()
+
+
 def report_entry(path: str) -> Any:
     """A file as a record lists it."""
-    from infra.record import FileEntry
-
     return FileEntry(path, 1, "0" * 64)
 
 
@@ -172,6 +227,23 @@ def test_a_run_of_a_part_is_not_judged_by_what_it_left_out(quick: Toy, store: St
     assert made.gates == ()
     assert made.promotion == ""
     assert [row.node for row in made.rows] == ["left", "control"]
+
+
+def test_rows_of_an_earlier_run_are_marked(quick: Toy, store: Store) -> None:
+    whole, _ = quick()
+    last = whole.outcomes["last"].artifact.ref
+    report.finish(store, whole)
+    part, _ = quick("left.count=4", stop=("control",))
+    found = report.finish(store, part)
+    assert {row.node: row.status for row in found.rows} == {
+        "left": "built",
+        "right": "earlier run",
+        "train": "earlier run",
+        "control": "built",
+        "last": "earlier run",
+    }
+    assert last not in found.tree, "the lineage is of what this run made"
+    assert "earlier run" in Page(render(found)).text
 
 
 def test_a_report_on_an_unknown_run_says_which_there_are(quick: Toy, store: Store) -> None:

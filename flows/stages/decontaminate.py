@@ -86,6 +86,7 @@ STAGE = Stage(
     version=1,
     config=DecontaminateConfig,
     run=run,
+    figures=("documents", "bytes", "contaminated", "evaluation_texts"),
     inputs={
         "documents": InputSpec(("dedup", "filter", "ingest"), description="Documents to clean"),
         "evaluation": InputSpec(

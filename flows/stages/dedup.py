@@ -82,6 +82,7 @@ STAGE = Stage(
     version=1,
     config=DedupConfig,
     run=run,
+    figures=("documents", "bytes", "exact_duplicates", "near_duplicates"),
     inputs={
         "documents": InputSpec(("filter", "ingest"), description="The batch"),
         "index": InputSpec(("dedup",), many=True, optional=True, description="Older batches to compare with"),

@@ -84,6 +84,7 @@ STAGE = Stage(
     version=1,
     config=DistillConfig,
     run=run,
+    figures=("samples", "kept", "reverified"),
     inputs={
         "experts": InputSpec(("expert",), many=True, description="Experts, one a domain"),
         "problems": InputSpec(("tasks",), description="Problems to ask"),

@@ -97,6 +97,7 @@ STAGE = Stage(
     version=1,
     config=EvaluateConfig,
     run=run,
+    figures=("pass_at_1", "pass_at_1_system", "reasoned", "format"),
     inputs={
         "checkpoint": InputSpec(_CHECKPOINTS, description="Checkpoint to score"),
         "problems": InputSpec(("tasks",), description="Held-out problems"),

@@ -123,6 +123,7 @@ STAGE = Stage(
     version=1,
     config=ExpertConfig,
     run=run,
+    figures=("families", "left_out", "rl_steps", "parameters"),
     inputs={
         "base": InputSpec(("extend", "pretrain", "sft"), description="Checkpoint to start from"),
         "problems": InputSpec(("tasks",), description="Problems with worked solutions"),

@@ -84,6 +84,7 @@ STAGE = Stage(
     version=1,
     config=ExportConfig,
     run=run,
+    figures=("pass_at_1", "format", "bits_per_byte", "files"),
     inputs={
         "checkpoint": InputSpec(
             ("pretrain", "extend", "expert", "sft", "grpo"), description="Checkpoint to export"

@@ -182,6 +182,7 @@ STAGE = Stage(
     version=1,
     config=ExtendConfig,
     run=run,
+    figures=("passkey_before", "passkey_yarn_alone", "passkey_after", "context"),
     inputs={
         "base": InputSpec(("pretrain", "extend"), description="Checkpoint to extend"),
         "shards": InputSpec(("pack",), description="Shards of long rows"),

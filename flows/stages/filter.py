@@ -153,5 +153,6 @@ STAGE = Stage(
     version=1,
     config=FilterConfig,
     run=run,
+    figures=("documents", "bytes", "dropped"),
     inputs={"documents": InputSpec(("ingest",), description="Documents as read")},
 )

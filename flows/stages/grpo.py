@@ -120,6 +120,7 @@ STAGE = Stage(
     version=1,
     config=GRPOStageConfig,
     run=run,
+    figures=("rl_steps", "sequence_tokens", "forward_passes", "parameters"),
     inputs={
         "policy": InputSpec(
             ("sft", "grpo", "expert"), description="Checkpoint to reinforce, and the reference"

@@ -74,4 +74,11 @@ def run(config: IngestConfig, context: StageContext) -> None:
     context.log(f"{account.kept} documents, {account.kept_bytes:,} bytes, of {len(chosen)} files")
 
 
-STAGE = Stage(name="ingest", version=1, config=IngestConfig, run=run, scan=scan)
+STAGE = Stage(
+    name="ingest",
+    version=1,
+    config=IngestConfig,
+    run=run,
+    scan=scan,
+    figures=("documents", "bytes", "quarantined"),
+)

@@ -79,6 +79,7 @@ STAGE = Stage(
     version=1,
     config=PackConfig,
     run=run,
+    figures=("tokens", "fill", "heldout_bytes", "bigram_bits_per_byte"),
     inputs={
         "documents": InputSpec(_DOCUMENTS, description="Documents for the text part"),
         "problems": InputSpec(("tasks",), many=True, optional=True, description="Problems, by family"),

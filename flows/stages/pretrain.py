@@ -136,6 +136,7 @@ STAGE = Stage(
     version=1,
     config=PretrainConfig,
     run=run,
+    figures=("held_out_loss", "held_out_bits_per_byte", "bigram_bits_per_byte", "parameters"),
     inputs={
         "shards": InputSpec(("pack",), description="Packed token shards"),
         "tokenizer": InputSpec(("tokenizer",), description="The tokenizer that the shards were made with"),

@@ -91,6 +91,7 @@ STAGE = Stage(
     version=1,
     config=RewardConfig,
     run=run,
+    figures=("held_out_accuracy", "pairs", "held_out_pairs"),
     inputs={
         "policy": InputSpec(
             ("sft", "grpo", "expert"), description="Checkpoint that is sampled and started from"

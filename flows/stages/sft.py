@@ -98,6 +98,7 @@ STAGE = Stage(
     version=1,
     config=SFTStageConfig,
     run=run,
+    figures=("samples", "steps", "tokens", "left_out"),
     inputs={
         "base": InputSpec(
             ("extend", "pretrain", "sft", "grpo", "expert"), description="Checkpoint to start from"

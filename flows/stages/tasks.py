@@ -61,4 +61,4 @@ def run(config: TasksConfig, context: StageContext) -> None:
     context.metric("held_out", len(held))
 
 
-STAGE = Stage(name="tasks", version=1, config=TasksConfig, run=run)
+STAGE = Stage(name="tasks", version=1, config=TasksConfig, run=run, figures=("train", "held_out"))

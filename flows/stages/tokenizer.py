@@ -76,6 +76,7 @@ STAGE = Stage(
     version=1,
     config=TokenizerConfig,
     run=run,
+    figures=("vocab_size", "bytes_per_token"),
     inputs={
         "documents": InputSpec(_DOCUMENTS, description="Documents to take a sample of"),
         "problems": InputSpec(

@@ -127,8 +127,8 @@ def _recorded(store: Store, request: Request, terminal: Terminal) -> tuple[Resul
 
 
 def _say_how_to_go_on(result: Result, request: Request, terminal: Terminal) -> None:
+    terminal.tell(result.failed)
     for one in result.failed:
-        terminal.say(f"{one.node} {one.status}: {one.error}", "red")
         command = ["headwater", "run", "--preset", request.preset, "--from", one.node]
         command += ["--run", request.run] if request.run else []
         command += [word for text in request.sets for word in ("--set", text)]
@@ -160,6 +160,7 @@ def perform_one(
             return 130
         outcome = result.outcomes[node]
         if outcome.artifact is None:
+            terminal.tell(result.failed)
             return 1
         terminal.say(
             f"{run}/{node} is {outcome.artifact.ref} ({outcome.status}, {duration(outcome.seconds)})"

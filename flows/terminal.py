@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from flows.execute import Outcome
 from flows.report import Curve, Report
 from flows.report_page import duration, label, number
 
@@ -21,6 +22,8 @@ _EVERY = 15.0
 _COLOURS = {"built": "green", "resumed": "green", "cached": "dim", "given": "dim", "failed": "red"}
 _BARS = "▁▂▃▄▅▆▇█"
 _ANSWERS = 4
+# Characters of an error in the table; whole, it is told below.
+_CELL = 40
 
 
 class Terminal:
@@ -74,7 +77,8 @@ class Terminal:
         elif kind == "done":
             self._line(node, event["status"], duration(event["seconds"]), _COLOURS[event["status"]])
         elif kind in ("failed", "interrupted"):
-            self._line(node, kind, event["message"], "red")
+            # Whole, it is told once, at the end.
+            self._line(node, kind, _short(event["message"].partition("\n")[0]), "red")
         elif kind == "skipped":
             self._line(node, "skipped", "", "dim")
         if kind in ("done", "failed", "interrupted") and self._progress and node in self._bars:
@@ -83,6 +87,11 @@ class Terminal:
     def say(self, message: str, style: str = "") -> None:
         """Print a line that belongs to no node."""
         self.console.print(Text(message, style=style))
+
+    def tell(self, failed: Iterable[Outcome]) -> None:
+        """Print what went wrong, whole."""
+        for one in failed:
+            self.say(f"{one.node} {one.status}: {one.error}", "red")
 
     def _line(self, node: str, what: str, message: str, style: str = "") -> None:
         clock = time.strftime("%H:%M:%S")
@@ -115,7 +124,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
         figures = "  ".join(f"{label(name)} {number(value)}" for name, value in row.figures.items())
         style = _COLOURS.get(row.status, "yellow")
         table.add_row(
-            Text(row.node), Text(row.status, style=style), duration(row.seconds), Text(figures or row.error)
+            Text(row.node),
+            Text(row.status, style=style),
+            duration(row.seconds),
+            Text(figures or _short(row.error.partition("\n")[0], _CELL)),
         )
     console.print(table)
     for gate in report.gates:

@@ -61,6 +61,7 @@ def gates(
                 terminal.say("stopped; the same command resumes it", "yellow")
                 raise typer.Exit(130) from None
             if not result.ok:
+                terminal.tell(result.failed)
                 raise typer.Exit(1)
             verdicts.append(
                 [judge(gate, lambda node, name, r=result: figure(r, node, name)) for gate in loaded.gates]

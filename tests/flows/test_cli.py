@@ -46,6 +46,21 @@ def test_run_reports_and_the_second_time_needs_neither_prefect_nor_workers(
     assert not (home / "prefect").exists()
 
 
+def test_what_went_wrong_is_told_whole_once(headwater: Command) -> None:
+    run = ("run", "--preset", str(TOY), "--no-prefect", "--set", "left.crash=exception")
+    done = headwater(*run)
+    assert done.returncode == 1
+    said = done.stderr + done.stdout
+    assert said.count("Traceback (most recent call last)") == 1
+    assert "left failed: ValueError: an unforeseen number" in said
+    assert f"when it is mended: headwater run --preset {TOY} --from left" in said
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("left ")]
+    assert row.rstrip().endswith("ValueError: an unforeseen number")
+    done = headwater("stage", "left", "--run", "toy")
+    assert "left failed: ValueError: an unforeseen number\n" in done.stderr
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+
+
 def test_a_gate_that_fails_withholds_the_name(headwater: Command, store: Store) -> None:
     done = headwater("run", "--preset", str(TOY), "--no-prefect", "--set", "train.steps=2")
     out = ran(done, code=3)

@@ -75,7 +75,7 @@ class LoopConfig:
     micro_rows: int = 16
     """Rows of a micro-batch; a step of more rows accumulates gradients. It decides how sums are rounded."""
     lanes: int = 1
-    """Micro-batches computed side by side, each on one CPU thread; changes no bit of the result."""
+    """Micro-batches computed side by side, each on one CPU thread; changes no bit of the result. 1 on a GPU."""
     mask_documents: bool = False
     """Keep samples of a row from seeing each other: off in pretraining (§4.1), on in fine-tuning (§5.1)."""
     checkpoint_every: int = 100
@@ -101,7 +101,9 @@ def train(
     position = resume(model, optimizer, checkpoints, log_file)
     gates = model.gates()
     model.train()
-    with log_file.open("a") as log, Lanes(model, config.lanes) as lanes:
+    # A GPU runs one micro-batch after the other; lanes there would only hold more activations.
+    lane_count = config.lanes if model.embed_tokens.device.type == "cpu" else 1
+    with log_file.open("a") as log, Lanes(model, lane_count) as lanes:
         while (step := schedule(position)) is not None:
             started = time.perf_counter()
             batch = source.stream(position.rows, step.rows)

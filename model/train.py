@@ -75,7 +75,7 @@ class LoopConfig:
     micro_rows: int = 16
     """Rows of a micro-batch; a step of more rows accumulates gradients. It decides how sums are rounded."""
     lanes: int = 1
-    """Micro-batches computed side by side, each on one CPU thread; changes no bit of the result. 1 on a GPU."""
+    """Micro-batches side by side, each on one CPU thread; changes no bit of the result. 1 on a GPU."""
     mask_documents: bool = False
     """Keep samples of a row from seeing each other: off in pretraining (§4.1), on in fine-tuning (§5.1)."""
     checkpoint_every: int = 100

@@ -53,10 +53,12 @@ def build(rng: random.Random, before: int, after: int) -> Problem:
 def make(rng: random.Random, size: int) -> Problem:
     """Up to `size` characters of filler, the key anywhere in it; lengths are uniform, so short ones occur.
 
-    One key in ten stands at the very start and one at the very end: drawn uniformly they would almost never.
+    One key in five stands at the very start and one in twenty at the very end: drawn uniformly they would
+    almost never, and the start, next to the control tokens, is the hardest place to look for it.
     """
     total = rng.randint(0, max(0, size))
-    before = rng.choice((0, total)) if rng.random() < 0.2 else rng.randint(0, total)
+    place = rng.random()
+    before = 0 if place < 0.2 else total if place < 0.25 else rng.randint(0, total)
     return build(rng, before, total - before)
 
 

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from infra.errors import ConfigError, nearest
 
@@ -40,6 +41,33 @@ def _check_annotation(kind: Any, where: str) -> None:
         _check_annotation(inner, where)
 
 
+# Type of the error for a truth value where a number belongs.
+_TRUTH = "truth_for_a_number"
+
+
+def _truth(kind: Any, value: Any, place: str) -> str | None:
+    """Where in `value` a truth value stands for a number of `kind`; None if nowhere. Sections see to
+    themselves."""
+    inner = typing.get_args(kind)
+    outer = typing.get_origin(kind) or kind
+    if outer is typing.Annotated:
+        return _truth(inner[0], value, place)
+    if outer in (int, float):
+        return place if isinstance(value, bool) else None
+    parts: list[tuple[Any, Any, str]] = []
+    if outer in (list, tuple) and inner and isinstance(value, (list, tuple)):
+        several = outer is tuple and inner[-1] is not Ellipsis
+        kinds = inner if several else [inner[0]] * len(value)
+        parts = [(one, item, f"{place}.{i}") for i, (one, item) in enumerate(zip(kinds, value, strict=False))]
+    elif outer is dict and inner and isinstance(value, Mapping):
+        parts = [(inner[1], item, f"{place}.{name}") for name, item in value.items()]
+    elif isinstance(outer, type) and dataclasses.is_dataclass(outer) and isinstance(value, Mapping):
+        parts = [
+            (one, value[name], f"{place}.{name}") for name, one in _hints(outer).items() if name in value
+        ]
+    return next((found for found in (_truth(*part) for part in parts) if found is not None), None)
+
+
 class Section(BaseModel):
     """A nested part of a stage's configuration: frozen, and an unknown field is an error."""
 
@@ -50,6 +78,15 @@ class Section(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         for name, field in cls.model_fields.items():
             _check_annotation(field.annotation, f"{cls.__name__}.{name}")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is meant; pydantic would take them as 1 and 0."""
+        place = _truth(cls.model_fields[str(info.field_name)].annotation, value, "")
+        if place is not None:
+            raise PydanticCustomError(_TRUTH, "a number is expected, not true or false", {"below": place})
+        return value
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
@@ -96,6 +133,7 @@ def parse(kind: type[Config], values: Mapping[str, Any], where: str = "") -> Con
         for one in error.errors(include_url=False):
             parts = [str(part) for part in one["loc"]]
             path = ".".join(([where] if where else []) + parts) or kind.__name__
+            path += one["ctx"]["below"] if one["type"] == _TRUTH else ""
             if one["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
                 valid = _fields_at(kind, list(one["loc"][:-1]))
                 lines.append(f"{path}: no such field; {nearest(parts[-1], valid)}")

@@ -132,6 +132,11 @@ def test_unions_and_loose_models_are_refused_where_they_are_written() -> None:
         ),
         ({"rate": "fast"}, "node.config.rate: input should be a valid number"),
         ({"seed": -1}, "node.config.seed: input should be greater than or equal to 0 (got -1)"),
+        ({"rate": True}, "node.config.rate: a number is expected, not true or false"),
+        ({"seed": False}, "node.config.seed: a number is expected"),
+        ({"model": {"width": True}}, "node.config.model.width: a number is expected"),
+        ({"model": {"ranks": [48, True]}}, "node.config.model.ranks.1: a number is expected"),
+        ({"weights": {"text": True}}, "node.config.weights.text: a number is expected"),
         ({"mode": "c"}, "node.config.mode: input should be 'a' or 'b' (got 'c')"),
     ],
 )
@@ -139,6 +144,17 @@ def test_parse_names_the_field_and_the_nearest_names(values: dict[str, Any], mes
     with pytest.raises(ConfigError) as caught:
         parse(Config, values, "node.config")
     assert message in str(caught.value)
+
+
+def test_whole_numbers_are_numbers_and_truth_values_stay_what_they_are() -> None:
+    class Switch(StageConfig):
+        on: bool = False
+        rate: float = 0.5
+        weights: dict[str, float] = Field(default_factory=dict)
+
+    config = parse(Switch, {"on": True, "rate": 2, "weights": {"text": 1}})
+    assert (config.on, config.rate, config.weights) == (True, 2.0, {"text": 1.0})
+    assert all(isinstance(one, float) for one in (config.rate, config.weights["text"]))
 
 
 def test_parse_names_every_bad_field() -> None:

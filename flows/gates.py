@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import ConfigError, nearest
+from infra.errors import ConfigError, StoreError, nearest
+from infra.names import check_name
 
 Figure = Callable[
     [str, str], float
@@ -91,10 +92,17 @@ def read_promotion(given: Any, nodes: Collection[str], where: str) -> Promotion 
     for key in ("name", "node"):
         if not isinstance(given.get(key), str):
             raise ConfigError(f"{where}.{key}: missing; a promotion has a name and the node that gets it")
+    try:
+        check_name(given["name"])
+    except StoreError as error:
+        raise ConfigError(f"{where}.name: {error}") from None
     if given["node"] not in nodes:
         raise ConfigError(f"{where}.node: no node named {given['node']!r}; {nearest(given['node'], nodes)}")
+    listed = given.get("gates")
+    if listed is not None and not isinstance(listed, list):
+        raise ConfigError(f"{where}.gates: expected a list of gates, got {listed!r}")
     gates = []
-    for index, item in enumerate(given.get("gates") or []):
+    for index, item in enumerate(listed or []):
         if isinstance(item, Mapping) and "metric" in item:
             _keys(item, ("name", "node", "metric", "at_least", "at_most"), f"{where}.gates.{index}")
             value = f"{item.get('node', '')}.{item['metric']}"

@@ -33,7 +33,8 @@ from flows import registry
 from flows.gates import Gate, Promotion, read_gates, read_promotion
 from flows.overlay import read_yaml, validate
 from infra.config import StageConfig
-from infra.errors import ConfigError, nearest
+from infra.errors import ConfigError, StoreError, nearest
+from infra.names import check_name
 from infra.stage import Stage
 
 _KEYS = ("name", "description", "defaults", "parallel", "stages", "nodes", "promote", "gates")
@@ -126,8 +127,8 @@ def load(name_or_path: str, sets: Sequence[str] = ()) -> Preset:
         raise ConfigError(f"{where}: a preset is a YAML mapping with {_list(_KEYS)}")
     _known(document, _KEYS, where)
     document = dict(document)
-    name = str(document.get("name", Path(where).stem))
-    folders = tuple((folder / item).resolve() for item in document.get("stages") or [])
+    name = _name(document.get("name", Path(where).stem), f"{where}: name")
+    folders = tuple((folder / item).resolve() for item in _texts(document.get("stages"), f"{where}: stages"))
     stages = registry.stages(folders)
     raw = _mapping(document.get("nodes"), f"{where}: nodes")
     if not raw:
@@ -145,6 +146,7 @@ def load(name_or_path: str, sets: Sequence[str] = ()) -> Preset:
         nodes[node_name] = _node(node_name, body, defaults, own, stages, where)
     _check_defaults(defaults, nodes, where)
     _check_inputs(nodes, where)
+    _check_shared(nodes, where)
     nodes = _sorted(nodes, where)
     return Preset(
         name=name,
@@ -190,7 +192,7 @@ def _node(
     body = _mapping(body, place)
     _known(body, _NODE_KEYS, place)
     kind = body.get("stage", name)
-    if kind not in stages:
+    if not isinstance(kind, str) or kind not in stages:
         raise ConfigError(f"{place}.stage: no stage named {kind!r}; {nearest(str(kind), stages)}")
     stage = stages[kind]
     config = {field: value for field, value in defaults.items() if field in stage.config.model_fields}
@@ -245,6 +247,20 @@ def _check_inputs(nodes: Mapping[str, Node], where: str) -> None:
                         f"{place}: {name} is a node of stage {nodes[name].stage.name}; "
                         f"this input takes {_list(allowed)}"
                     )
+
+
+def _check_shared(nodes: Mapping[str, Node], where: str) -> None:
+    first: dict[str, Node] = {}
+    for node in nodes.values():
+        other = first.setdefault(node.stage.name, node)
+        for field in node.stage.shared:
+            one, two = (getattr(each.config, field) for each in (other, node))
+            if one != two:
+                raise ConfigError(
+                    f"{where}: nodes.{other.name} and nodes.{node.name}: {field} is {one!r} and {two!r}; "
+                    f"all nodes of stage {node.stage.name} in a preset must have the same "
+                    f"(set defaults.{field})"
+                )
 
 
 def _check_defaults(defaults: Mapping[str, Any], nodes: Mapping[str, Node], where: str) -> None:
@@ -316,6 +332,22 @@ def _mapping(value: Any, place: str) -> Mapping[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise ConfigError(f"{place}: expected a mapping, got {value!r}")
+    return value
+
+
+def _name(value: Any, place: str) -> str:
+    """A preset's name, which its runs are called by too."""
+    try:
+        return check_name(str(value), single=True)
+    except StoreError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _texts(value: Any, place: str) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{place}: expected a list of texts, got {value!r}")
     return value
 
 

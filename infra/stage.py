@@ -63,6 +63,8 @@ class Stage:
     description: str = ""
     # The metrics worth a place in a run's table, up to four; without any, the first ones by name.
     figures: tuple[str, ...] = ()
+    # Fields of the config that all nodes of this stage in one preset must agree on.
+    shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

@@ -27,8 +27,7 @@ class TasksConfig(StageConfig):
         0.1,
         gt=0,
         lt=1,
-        description="Share of the space of problems never trained on. Leave it the same in all nodes of a "
-        "run: with a smaller share, what another node holds out would be trained on",
+        description="Share of the space of problems never trained on; the same in all nodes of a preset",
     )
     direct_share: float = Field(
         0.0, ge=0, le=1, description="Share of reasoned problems written without thought"
@@ -61,4 +60,12 @@ def run(config: TasksConfig, context: StageContext) -> None:
     context.metric("held_out", len(held))
 
 
-STAGE = Stage(name="tasks", version=1, config=TasksConfig, run=run, figures=("train", "held_out"))
+STAGE = Stage(
+    name="tasks",
+    version=1,
+    config=TasksConfig,
+    run=run,
+    figures=("train", "held_out"),
+    # With another share, a node would train on what its neighbour holds out.
+    shared=("held_out_share",),
+)

@@ -118,6 +118,19 @@ def test_parents_come_first_whatever_the_order_in_the_file(tmp_path: Path) -> No
         ({"gates": [{"value": "trin.score", "at_least": 1}]}, ["gates.0.value", "train"]),
         ({"gates": [{"value": "train.score", "at_least": "much"}]}, ["gates.0.at_least", "'much'"]),
         ({"stages": ["nowhere"]}, ["nowhere", "folder"]),
+        ({"stages": 5}, ["changed.yaml: stages", "list"]),
+        ({"stages": [3]}, ["changed.yaml: stages", "list"]),
+        ({"stages": "."}, ["changed.yaml: stages", "list"]),
+        ({"nodes": nodes(left={"stage": [1]})}, ["nodes.left.stage", "no stage named [1]"]),
+        ({"nodes": nodes(left={"stage": "source", "config": {5: 1}})}, ["left.config.5"]),
+        ({"nodes": 3}, ["nodes", "mapping"]),
+        ({"promote": 5}, ["promote", "mapping"]),
+        ({"promote": {"name": "answer", "node": "last", "gates": 5}}, ["promote.gates", "list"]),
+        ({"promote": {"name": "answer", "node": "last", "gates": [5]}}, ["promote.gates.0", "mapping"]),
+        ({"promote": {"name": "an answer", "node": "last"}}, ["promote.name", "'an answer'", "letters"]),
+        ({"promote": {"name": "runs/x", "node": "last"}}, ["promote.name", "runs/"]),
+        ({"name": "a/b"}, ["changed.yaml: name", "'a/b'", "letters"]),
+        ({"gates": {}}, ["gates", "list"]),
     ],
 )
 def test_errors_name_the_place_and_what_would_be_right(
@@ -138,6 +151,8 @@ def test_errors_name_the_place_and_what_would_be_right(
         ("left.count=many", ["--set left.count=many", "left.count"]),
         ("train=1", ["--set train=1", "node.field=value"]),
         ("train.seed", ["--set train.seed", "node.field=value"]),
+        ("left.count=true", ["--set left.count=true", "left.count", "a number is expected"]),
+        ("left.shape.width=true", ["left.shape.width", "a number is expected"]),
         ("left.note={", ["--set left.note={", "YAML"]),
     ],
 )
@@ -160,6 +175,26 @@ def test_a_name_given_twice_is_an_error(tmp_path: Path) -> None:
     path.write_text("nodes:\n  a: {stage: tasks}\n  a: {stage: tasks}\n")
     with pytest.raises(ConfigError, match=r"twice\.yaml.*'a' is given twice"):
         load(str(path))
+
+
+def test_a_list_is_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text("nodes:\n  ? [a]\n  : {stage: tasks}\n")
+    with pytest.raises(ConfigError, match=r"odd\.yaml: .*cannot be a name"):
+        load(str(path))
+
+
+def test_what_one_node_holds_out_no_other_may_train_on() -> None:
+    with pytest.raises(
+        ConfigError, match=r"nodes\.prompts and nodes\.problems: held_out_share is 0\.1 and 0\.05"
+    ):
+        load("smoke", ["problems.held_out_share=0.05"])
+    shares = {
+        node.config.held_out_share
+        for node in load("smoke", ["defaults.held_out_share=0.05"]).nodes.values()
+        if node.stage.name == "tasks"
+    }
+    assert shares == {0.05}
 
 
 def test_yaml_tags_do_not_run_code(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     job = Job(**json.loads(given.job.read_text(encoding="utf-8")))
     if job.parent:
+        # Made for this worker alone; a runner that is killed cannot tidy up after itself.
+        given.job.unlink(missing_ok=True)
         # `build` turns the SIGTERM that this may bring into a tidy stop; before it there is nothing to lose.
         leash.leash(job.parent)
     emit = _channel()

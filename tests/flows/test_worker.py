@@ -135,6 +135,13 @@ def test_sigterm_stops_it_and_the_next_try_resumes(tmp_path: Path, home: Path) -
     assert json.loads(done.stdout.splitlines()[-1])["status"] == "resumed"
 
 
+def test_the_job_of_a_runner_is_gone_once_it_is_read(tmp_path: Path, home: Path) -> None:
+    assert work(tmp_path, home, stage="source", parent=os.getpid()).returncode == 0
+    assert not (tmp_path / "job.json").exists()
+    assert work(tmp_path, home, stage="source").returncode == 0
+    assert (tmp_path / "job.json").exists(), "a worker started by hand may be started again"
+
+
 def test_a_worker_whose_parent_is_another_process_does_not_start(tmp_path: Path, home: Path) -> None:
     done = work(tmp_path, home, stage="source", parent=os.getppid())
     assert done.returncode == 130

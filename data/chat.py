@@ -149,10 +149,6 @@ class ChatTokenizer:
                 out[token_id] = bytes(table[letter] for letter in token)
         return out
 
-    def document_ids(self, text: str) -> list[int]:
-        """BOS text EOS."""
-        return [BOS, *self.encode(text), EOS]
-
     def prompt_ids(self, prompt: str, system: str = "") -> list[int]:
         """BOS system <｜User｜> prompt <｜Assistant｜>: everything before the response."""
         return [BOS, *self.encode(system), USER, *self.encode(prompt), ASSISTANT]
@@ -162,18 +158,6 @@ class ChatTokenizer:
         if not thought:
             return [*self.encode(answer), EOS]
         return [THINK, *self.encode(thought), END_THINK, *self.encode(answer), EOS]
-
-    def conversation_ids(self, messages: Sequence[tuple[str, str]], system: str = "") -> list[int]:
-        """Ids of (prompt, answer) turns; an empty last answer leaves the conversation at <｜Assistant｜>.
-
-        Thoughts of earlier turns are not part of the context, as in R1.
-        """
-        ids = [BOS, *self.encode(system)]
-        for place, (prompt, answer) in enumerate(messages):
-            ids += [USER, *self.encode(prompt), ASSISTANT]
-            if answer or place + 1 < len(messages):
-                ids += [*self.encode(answer), EOS]
-        return ids
 
     def parse_response(self, ids: Iterable[int]) -> Response:
         """Read a generated response: the ids after <｜Assistant｜>, with EOS at the end if it came."""

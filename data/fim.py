@@ -78,21 +78,3 @@ def chunks(text: str, parts: int) -> list[str]:
 def is_fim(ids: np.ndarray) -> bool:
     """Whether a piece is a rewritten document."""
     return len(ids) > 1 and ids[1] == FIM_BEGIN
-
-
-def restore(ids: np.ndarray) -> np.ndarray:
-    """Put a whole span back in reading order: BOS prefix middle suffix EOS.
-
-    Raises HeadwaterError unless the ids are one whole span with each FIM token in its place.
-    """
-    places = [np.flatnonzero(ids == token) for token in (BOS, FIM_BEGIN, FIM_HOLE, FIM_END, EOS)]
-    if any(len(place) != 1 for place in places):
-        raise HeadwaterError(
-            "not one whole FIM span: BOS, the three FIM tokens and EOS must appear once each"
-        )
-    bos, begin, hole, end, eos = (int(place[0]) for place in places)
-    if not bos == 0 < begin == 1 < hole < end < eos == len(ids) - 1:
-        raise HeadwaterError(f"FIM tokens out of order: {bos}, {begin}, {hole}, {end}, {eos} of {len(ids)}")
-    return np.concatenate(
-        [ids[:1], ids[begin + 1 : hole], ids[end + 1 : eos], ids[hole + 1 : end], ids[eos:]]
-    )

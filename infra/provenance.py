@@ -5,7 +5,6 @@ Formats: in-toto Statement v1, SLSA provenance predicate v1, OpenLineage RunEven
 
 from __future__ import annotations
 
-import json
 import os
 import urllib.error
 import urllib.parse
@@ -197,8 +196,3 @@ def emit(event: Mapping[str, Any], target: str, timeout: float = 10.0) -> None:
             os.close(handle)
     except OSError as error:
         raise HeadwaterError(f"OpenLineage event not written to {path}: {error}") from error
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events in a file that `emit` wrote, oldest first."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

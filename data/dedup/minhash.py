@@ -51,8 +51,3 @@ def _signature(shingles, multiply, add):  # pragma: no cover - compiled
             if hashed < out[j]:
                 out[j] = hashed
     return out
-
-
-def collision_probability(similarity: float, bands: int, rows: int) -> float:
-    """Chance that two documents of this Jaccard similarity are compared at all."""
-    return 1.0 - (1.0 - similarity**rows) ** bands

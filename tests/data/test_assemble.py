@@ -8,12 +8,12 @@ from data.assemble import Plan, assemble
 from data.chat import BOS, EOS, FIM_BEGIN, PAD, SPECIALS, ChatTokenizer
 from data.documents import DocumentWriter, iter_documents, make_document
 from data.encode import Problem, ProblemEncoder, TextEncoder, heldout_pieces
-from data.fim import restore
 from data.heldout import divide
 from data.sample import problem_sample, text_sample
 from data.shards import ShardReader
 from infra.errors import ConfigError, HeadwaterError
 from infra.files import write_parquet
+from tests.data.spans import restore
 
 PLAN = Plan(
     sequence_length=64,

@@ -52,7 +52,6 @@ def test_layout_of_a_conversation(chat):
         f"<think>two and two</think>4{SPECIALS[EOS]}"
     )
     assert chat.response_ids("", "4") == [*chat.encode("4"), EOS]
-    assert chat.document_ids("x") == [BOS, *chat.encode("x"), EOS]
 
 
 def test_prompt_cannot_speak_for_the_assistant(chat):
@@ -100,7 +99,8 @@ def test_transformers_template_gives_the_same_ids(chat, tokenizer_file: Path):
     assert theirs == ours
     answered = [*messages, {"role": "assistant", "content": "<think>why</think>because"}]
     assert peer.apply_chat_template(answered, return_dict=False) == ours + chat.response_ids("why", "because")
-    assert chat.conversation_ids([("a", "b"), ("c", "")], system="s") == peer.apply_chat_template(
+    turns = [*chat.prompt_ids("a", "s"), *chat.encode("b"), EOS, USER, *chat.encode("c"), ASSISTANT]
+    assert turns == peer.apply_chat_template(
         [
             {"role": "system", "content": "s"},
             {"role": "user", "content": "a"},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from data.dedup.clusters import Clusters
 from data.dedup.deduplicate import Deduplicator, Found
 from data.dedup.index import Settings, read_index, write_index
-from data.dedup.minhash import MinHash, collision_probability
+from data.dedup.minhash import MinHash
 from data.dedup.shingles import WordHashes, exact_key, jaccard, shingles, split_words
 from data.documents import Document, DocumentWriter, make_document
 from infra.errors import HeadwaterError
@@ -91,7 +91,8 @@ def test_band_collisions_follow_the_formula():
             np.stack([family.signature(pool[:1000]), family.signature(pool[1000 - overlap :])])
         )
         hits += bool((keys[0] == keys[1]).any())
-    expected = collision_probability(overlap / (2000 - overlap), 14, 8)
+    similarity = overlap / (2000 - overlap)
+    expected = 1 - (1 - similarity**8) ** 14
     assert 0.6 < expected < 0.9
     assert abs(hits / rounds - expected) < 4 * np.sqrt(expected * (1 - expected) / rounds)
 

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from data.boundary import BoundarySplitter
 from data.chat import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, SPECIALS
-from data.fim import chosen, chunks, fim_pieces, is_fim, restore
+from data.fim import chosen, chunks, fim_pieces, is_fim
 from infra.errors import HeadwaterError
+from tests.data.spans import restore
 
 
 @given(text=st.text(max_size=400), name=st.text(max_size=8), seed=st.integers(0, 5))
@@ -57,11 +58,7 @@ def test_rate_is_kept_and_does_not_depend_on_order():
     assert all(chosen(name, 1.0, seed=3) for name in names)
 
 
-def test_restore_refuses_a_cut_span(chat):
-    piece = fim_pieces("some text here", "a", lambda t: np.asarray(chat.encode(t), np.int32), 64, seed=0)[0]
-    for broken in (piece[:-1], piece[1:], np.concatenate([piece, piece]), piece[::-1]):
-        with pytest.raises(HeadwaterError):
-            restore(broken)
+def test_a_row_too_short_for_a_span_is_refused(chat):
     with pytest.raises(HeadwaterError, match="cannot hold FIM"):
         fim_pieces("x", "a", lambda t: np.asarray(chat.encode(t), np.int32), 8, seed=0)
 

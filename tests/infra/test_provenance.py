@@ -16,7 +16,7 @@ from infra.artifact import Artifact
 from infra.build import build
 from infra.config import canonical_json
 from infra.errors import ConfigError, HeadwaterError
-from infra.provenance import completed, emit, lineage_event, read_events, run_id, statement
+from infra.provenance import completed, emit, lineage_event, run_id, statement
 from infra.store import Store
 from tests.infra.toys import TRAIN, TrainConfig
 
@@ -94,7 +94,7 @@ def test_events_to_a_file(tmp_path: Path) -> None:
     first = lineage_event("START", job="demo/train", run=run)
     emit(first, str(path))
     emit(lineage_event("FAIL", job="demo/train", run=run, error="boom"), f"file://{path}")
-    found = read_events(path)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
     assert found[0] == first
     assert found[1]["run"]["facets"]["errorMessage"]["message"] == "boom"
     for event in found:

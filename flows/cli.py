@@ -56,7 +56,10 @@ def application() -> typer.Typer:
         ] = None,
     ) -> None:
         if home is not None:
-            os.environ["HEADWATER_HOME"] = str(home.expanduser().absolute())
+            try:
+                os.environ["HEADWATER_HOME"] = str(home.expanduser().absolute())
+            except RuntimeError:
+                raise HeadwaterError(f"--home {home}: there is no such user; give a folder") from None
 
     for module in sorted(pkgutil.iter_modules(commands.__path__), key=lambda found: found.name):
         importlib.import_module(f"flows.commands.{module.name}").register(app)

@@ -173,12 +173,6 @@ class Store:
         self.names.promote(artifact, name, by)
         return artifact
 
-    def names_of(self, artifact_ref: str) -> list[str]:
-        """Promoted names that point at an artifact."""
-        return sorted(
-            name for name, document in self.names.all().items() if document["artifact"] == artifact_ref
-        )
-
     def _node(self, ref: str) -> dict[str, Any] | None:
         run, slash, node = ref.partition("/")
         document = self.names.run(run) if slash else None
@@ -226,12 +220,15 @@ class Store:
         return f"{ref!r} means nothing in {self.home}; {nearest(ref, valid)} ({_FORMS})"
 
 
-def open_store(home: Path | str | None = None) -> Store:
+def open_store(home: Path | str | None = None, write: bool = True) -> Store:
     """The store at `home` (default: `$HEADWATER_HOME`), its folder made and found writable.
 
+    write: off to look only; a home that cannot be written, or is not there yet, is then as good as any.
     Raises StoreError naming the folder when it cannot be written.
     """
     store = Store(home)
+    if not write:
+        return store
     try:
         store.home.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -38,7 +38,7 @@ def lineage(
 
     if as_json + html + mermaid + provenance > 1:
         raise ConfigError("lineage: give one of --json, --html, --mermaid and --provenance")
-    store = open_store()
+    store = open_store(write=False)
     artifact = store.resolve(ref)
     graph = graphs.forward(store, artifact) if downstream else graphs.back(store, artifact)
     if as_json:

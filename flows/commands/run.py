@@ -94,14 +94,20 @@ def stage(
 def why(
     name: Annotated[str, typer.Argument(metavar="NODE")],
     preset: PresetName = "demo",
+    run: Annotated[
+        str, typer.Option(help="Take settings and inputs from this run, as `stage` does, not a preset.")
+    ] = "",
     sets: Sets = None,
 ) -> None:
-    """Say whether a node of a preset would be built, and why."""
+    """Say whether a node of a preset or of a run would be built, and why."""
     from flows.preset import load
     from flows.runner import explain
+    from flows.single import from_run
     from infra.store import open_store
 
-    for line in explain(open_store(), load(preset, sets or []), name):
+    store = open_store(write=False)
+    asked = from_run(store, run, name, sets or []) if run else load(preset, sets or [])
+    for line in explain(store, asked, name):
         print(line)
 
 

@@ -41,7 +41,7 @@ def ls(
         for name in shipped():
             print(name)
         return
-    store = open_store()
+    store = open_store(write=False)
     if runs:
         _ls_runs(store, limit, as_json)
         return
@@ -78,7 +78,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show an artifact's record, or the nodes of a run with their earlier attempts."""
-    store = open_store()
+    store = open_store(write=False)
     run = store.names.run(ref)
     if run is not None:
         if as_json:
@@ -153,7 +153,7 @@ def diff(left: Ref, right: Ref, as_json: AsJson = False) -> None:
     """Name the fields in which two artifacts differ, those that make them different artifacts first."""
     from infra import diff as differences
 
-    store = open_store()
+    store = open_store(write=False)
     one, two = store.resolve(left), store.resolve(right)
     found = differences.diff(one.record, two.record)
     if as_json:
@@ -180,7 +180,7 @@ def verify(ref: Ref, as_json: AsJson = False) -> None:
     """Re-hash an artifact and all it was built from. Exit code 1 if anything is not as published."""
     from infra.verify import verify as check
 
-    store = open_store()
+    store = open_store(write=False)
     found = check(store, store.resolve(ref))
     if as_json:
         problems = [vars(one) for one in found.problems]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flows.cli import check_own
+from flows.cli import application, check_own
 from infra.errors import HeadwaterError
 from infra.store import Store
 from tests.flows.conftest import TOY, environment
@@ -74,8 +74,11 @@ def test_one_stage_of_a_run_makes_one_artifact_and_diff_names_the_field(
 ) -> None:
     ran(headwater("run", "--preset", str(TOY), "--no-prefect"))
     before, refs = store.resolve("toy/train"), set(store.refs())
-    done = headwater("stage", "train", "--run", "toy", "--set", "train.steps=6")
+    again = ("train", "--run", "toy", "--set", "train.steps=6")
+    assert "train: config.steps: 4 -> 6" in ran(headwater("why", *again))
+    done = headwater("stage", *again)
     ran(done)
+    assert f"in the store as {store.resolve('toy/train').ref}" in ran(headwater("why", *again))
     (made,) = set(store.refs()) - refs
     assert store.resolve("toy/train").ref == made
     assert "config.steps: 4 -> 6" in done.stderr
@@ -83,6 +86,7 @@ def test_one_stage_of_a_run_makes_one_artifact_and_diff_names_the_field(
     asked = out.partition("asked for:\n")[2].partition("what came out")[0]
     assert asked == "  config.steps: 4 -> 6\n"
     assert "where and how fast" not in out
+    assert "last: inputs.numbers: " in ran(headwater("why", "last", "--run", "toy"))
     # A node after it reads the newest attempt; the preset, run again, goes back to its own.
     ran(headwater("stage", "last", "--run", "toy"))
     assert {pin.ref for pin in store.resolve("toy/last").record.inputs} > {made}
@@ -199,6 +203,8 @@ def test_openlineage_events_are_sent_where_asked(headwater: Command, tmp_path: P
         (("run", "--preset", str(TOY), "--set", "train.stesp=1"), 1, "steps"),
         (("show", "nothing"), 1, "'nothing' means nothing"),
         (("lineage", "toy/last"), 1, "toy/last"),
+        (("why", "sft", "--run", "nothing"), 1, "no run is called 'nothing'"),
+        (("--home", "~nosuchuser", "ls"), 1, "--home ~nosuchuser: there is no such user"),
         (("report", "nothing"), 1, "no run is called 'nothing'"),
         (("stage", "last", "--input", "numbers"), 1, "expected ROLE=REF"),
         (("nosuch",), 2, "No such command"),
@@ -215,9 +221,44 @@ def test_errors_say_what_is_wrong_without_a_traceback(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_home_that_cannot_be_written_says_so(headwater: Command) -> None:
-    done = headwater("--home", "/proc/nowhere", "ls")
+    done = headwater("--home", "/proc/nowhere", "run", "--preset", str(TOY))
     ran(done, code=1)
     assert "HEADWATER_HOME" in done.stderr
+
+
+def test_looking_writes_nothing(
+    quick: Toy, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, _ = quick(stop=("train",))
+    left, train = (result.outcomes[name].artifact for name in ("left", "train"))
+    read_only = (
+        ["ls"],
+        ["ls", "--runs"],
+        ["show", "toy"],
+        ["show", train.ref],
+        ["lineage", train.ref],
+        ["lineage", left.ref, "--downstream"],
+        ["verify", train.ref],
+        ["diff", left.ref, "toy/right"],
+        ["why", "train", "--run", "toy"],
+    )
+    folders = [store.home, *(path for path in store.home.rglob("*") if path.is_dir())]
+    files = sorted(path for path in store.home.rglob("*") if path.name != "index.sqlite")
+    # Root may write anywhere, so the modes alone prove nothing: the home is also said not to be writable.
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **more: mode != os.W_OK and may(path, mode, **more))
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        for arguments in read_only:
+            with pytest.raises(SystemExit) as ended:
+                application()(arguments, prog_name="headwater")
+            assert ended.value.code == 0, arguments
+            assert capsys.readouterr().out, arguments
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert sorted(path for path in store.home.rglob("*") if path.name != "index.sqlite") == files
 
 
 def test_a_home_that_is_a_file_says_so(headwater: Command, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -28,16 +29,39 @@ def headwater(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def cpu_seconds() -> float:
+    """What this process's ended children and theirs have computed so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("smoke") / "home"
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The home of a run of the preset, and the CPU seconds that it took."""
+    path, before = tmp_path_factory.mktemp("smoke") / "home", cpu_seconds()
     done = headwater(path, "run", "--preset", "smoke", "--no-prefect")
     assert done.returncode == 0, done.stderr + done.stdout
-    return path
+    return path, cpu_seconds() - before
 
 
-def test_every_stage_has_run(home: Path) -> None:
-    assert set(Store(home).stages()) == set(stages())
+@pytest.fixture(scope="module")
+def home(ran: tuple[Path, float]) -> Path:
+    return ran[0]
+
+
+def test_it_takes_a_minute_and_a_half_on_two_cores_at_most(ran: tuple[Path, float]) -> None:
+    # In CPU seconds, which other work on the machine stretches less than the clock: two idle cores have 180
+    # in that time, and are never both busy all through.
+    assert ran[1] <= 150
+
+
+def test_every_stage_has_run_and_recorded_the_figures_that_it_names(home: Path) -> None:
+    store, known = Store(home), stages()
+    assert set(store.stages()) == set(known)
+    for stage in known.values():
+        assert 0 < len(stage.figures) <= 4, stage.name
+        for artifact in store.artifacts(stage.name):
+            assert set(stage.figures) <= set(artifact.metrics), artifact.ref
 
 
 def test_a_second_run_builds_nothing_and_is_quick(home: Path) -> None:

@@ -62,7 +62,7 @@ def run(config: TasksConfig, context: StageContext) -> None:
 
 STAGE = Stage(
     name="tasks",
-    version=1,
+    version=2,
     config=TasksConfig,
     run=run,
     figures=("train", "held_out"),

@@ -208,7 +208,7 @@ def test_evaluate_tells_checkpoints_apart(chain: Chain) -> None:
         node: chain.build("evaluate", {"families": ["reversal"]}, {"checkpoint": [node]}).artifact.metrics
         for node in ("pretrain", "expert")
     }
-    assert scores["pretrain"]["format_system"] == 0.0
+    assert scores["pretrain"]["format_system"] < 0.3
     assert scores["expert"]["format_system"] > 0.5
 
 

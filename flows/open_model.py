@@ -19,6 +19,7 @@ def open_model(artifact: Artifact) -> tuple[Transformer, ChatTokenizer]:
     """
     from data.chat import ChatTokenizer
     from model.checkpoint import load_model
+    from model.device import pick_device
     from model.hf import read_hf
 
     if "tokenizer.json" not in artifact.names() or "config.json" not in artifact.names():
@@ -27,4 +28,4 @@ def open_model(artifact: Artifact) -> tuple[Transformer, ChatTokenizer]:
         )
     tokenizer = ChatTokenizer(artifact.file("tokenizer.json"))
     model = read_hf(artifact.path) if artifact.stage == "export" else load_model(artifact.path)
-    return model, tokenizer
+    return model.to(pick_device()), tokenizer

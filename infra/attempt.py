@@ -78,6 +78,7 @@ class Attempt:
     resumed: bool = False
 
     def __post_init__(self) -> None:
+        self._device: str = getattr(self.config, "device", "")
         self.id = artifact_id(self.fingerprint, self.attempt)
         self.folder = self.store.work(self.id)
         self.payload = self.folder / "payload"
@@ -121,7 +122,7 @@ class Attempt:
         this = {
             "started": started,
             "code": sha256_bytes(canonical_json(modules)),
-            "numerics": hardware.numerics_class(),
+            "numerics": hardware.numerics_class(self._device),
         }
         note = {
             "stage": self.stage.name,
@@ -210,7 +211,7 @@ class Attempt:
             config={"identity": identity, "placement": placement},
             seed=self.config.seed,
             code=code,
-            environment=hardware.environment(),
+            environment=hardware.environment(self._device),
             files=files,
             side_files=side,
             metrics=metrics,

@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -115,6 +115,14 @@ class StageConfig(Section):
 
     seed: int = Field(0, ge=0, description="Seed of every random choice of the stage; part of its identity.")
     threads: int = placement(0, ge=0, description="CPU threads of the stage; 0 = all cores it was given.")
+
+
+class ModelStageConfig(StageConfig):
+    """What a stage that runs a model is asked to do."""
+
+    device: Literal["auto", "cpu", "cuda"] = placement(
+        "auto", description="Where the model runs; auto = a CUDA device if there is one, else the CPU."
+    )
 
 
 Config = TypeVar("Config", bound=Section)

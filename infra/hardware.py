@@ -93,11 +93,20 @@ def lock_digest(root: Path = ROOT) -> str:
     return sha256_file(path) if path.is_file() else ""
 
 
-def numerics_class(layout: str = "1") -> dict[str, Any]:
+def device_kind(asked: str) -> str:
+    """ "cuda" or "cpu": where a stage runs that was asked to run on `asked` ("" for one without a model)."""
+    if asked in ("", "cpu"):
+        return "cpu"
+    import torch  # the stage is about to do so itself
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def numerics_class(device: str = "", layout: str = "1") -> dict[str, Any]:
     """Device kind, threads, layout (ranks) and the versions that arithmetic depends on."""
     versions = package_versions()
     return {
-        "device": "cuda" if gpus() else "cpu",
+        "device": device_kind(device),
         "threads": thread_count(),
         "layout": layout,
         "machine": platform.machine(),
@@ -105,8 +114,9 @@ def numerics_class(layout: str = "1") -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """The `environment` part of a record."""
+def environment(device: str = "") -> dict[str, Any]:
+    """The `environment` part of a record; `device` is what the stage was asked to run on, "" if it has no
+    choice."""
     return {
         "python": platform.python_version(),
         "packages": package_versions(),
@@ -118,7 +128,7 @@ def environment() -> dict[str, Any]:
             "memory_bytes": memory_bytes(),
             "gpus": gpus(),
         },
-        "numerics": numerics_class(),
+        "numerics": numerics_class(device),
     }
 
 

@@ -31,14 +31,19 @@ def save_model(model: Transformer, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def load_model(folder: Path, precision: str = "fp32", config: ModelConfig | None = None) -> Transformer:
-    """Read a model; `config` replaces the stored one where only its rotary extension differs.
+def load_model(
+    folder: Path,
+    precision: str = "fp32",
+    config: ModelConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """Read a model to `device`; `config` replaces the stored one where only its rotary extension differs.
 
     Raises CheckpointError naming what is missing, unexpected or of another shape.
     """
     try:
         stored = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "model.safetensors", device=str(device))
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: not a readable checkpoint ({error})") from error
     with torch.device("meta"):

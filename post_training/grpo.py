@@ -141,21 +141,23 @@ def _micro_batches(
     order = sorted(range(len(rollouts)), key=lambda i: (-lengths[i], i))
     batches: list[_MicroBatch] = []
     start = 0
+    device = model.embed_tokens.device
     model.eval()
     reference.eval()
     while start < len(order):
         longest = lengths[order[start]]
         part = order[start : start + max(1, config.micro_tokens // longest)]
         start += len(part)
+        # Filled on the CPU, sent to the model's device whole.
         tokens_BT = torch.full((len(part), longest), PAD)
         response_BT = torch.zeros(len(part), longest, dtype=torch.bool)
         for row, index in enumerate(part):
             rollout = rollouts[index]
             tokens_BT[row, : lengths[index]] = torch.tensor(rollout.prompt_ids + rollout.response_ids)
             response_BT[row, len(rollout.prompt_ids) : lengths[index]] = True
-        response_BT = response_BT[:, 1:]
         counts = response_BT.sum(1)
-        advantage_S = advantage_N[torch.tensor(part)].repeat_interleave(counts)
+        advantage_S = advantage_N[torch.tensor(part)].repeat_interleave(counts).to(device)
+        tokens_BT, response_BT = tokens_BT.to(device), response_BT[:, 1:].to(device)
         with torch.no_grad():
             reference_S = response_log_probs(reference, tokens_BT, response_BT)
             old_S = response_log_probs(model, tokens_BT, response_BT) if config.updates > 1 else None

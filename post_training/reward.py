@@ -41,17 +41,18 @@ class RewardModel(nn.Module):
     def __init__(self, trunk: Transformer) -> None:
         super().__init__()
         self.trunk = trunk
-        self.score_head = nn.Parameter(torch.zeros(trunk.config.hidden_size))
+        self.score_head = nn.Parameter(trunk.embed_tokens.new_zeros(trunk.config.hidden_size))
 
     def forward(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Score of each sequence at its last token: float32 [B]."""
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        longest = int(lengths.max())
+        device = self.trunk.embed_tokens.device
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        longest = max(len(sequence) for sequence in sequences)
         tokens_BT = torch.stack(
             [F.pad(torch.tensor(sequence), (0, longest - len(sequence)), value=PAD) for sequence in sequences]
-        )
+        ).to(device)
         states_BTD = self.trunk(tokens_BT).states_BTD[0]
-        return states_BTD[torch.arange(len(sequences)), lengths - 1].float() @ self.score_head
+        return states_BTD[torch.arange(len(sequences), device=device), lengths - 1].float() @ self.score_head
 
 
 def pair_loss(model: RewardModel, pairs: Sequence[Pair]) -> tuple[Tensor, float]:
@@ -126,13 +127,14 @@ def train_reward(
 
 @torch.no_grad()
 def score(model: RewardModel, sequences: Sequence[Sequence[int]], batch: int = 64) -> Tensor:
-    """Probability-like scores in (0, 1), sigmoid of the raw ones, in the order given: float32 [B]."""
+    """Probability-like scores in (0, 1), sigmoid of the raw ones, in the order given: float32 [B], on the
+    CPU."""
     model.eval()
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
     scores = torch.empty(len(sequences))
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        scores[torch.tensor(part)] = model([sequences[i] for i in part]).sigmoid()
+        scores[torch.tensor(part)] = model([sequences[i] for i in part]).sigmoid().cpu()
     return scores
 
 
@@ -143,11 +145,11 @@ def save_reward_model(model: RewardModel, folder: Path) -> None:
     (folder / "reward.json").write_text(json.dumps({"reads": "last token of the response"}) + "\n")
 
 
-def load_reward_model(folder: Path) -> RewardModel:
+def load_reward_model(folder: Path, device: torch.device | str = "cpu") -> RewardModel:
     """Raises CheckpointError when the folder holds a model without a score head."""
     path = folder / "score_head.safetensors"
     if not path.exists():
         raise CheckpointError(f"{folder} has no score_head.safetensors: it is not a reward model")
-    model = RewardModel(load_model(folder))
+    model = RewardModel(load_model(folder, device=device))
     model.score_head.data.copy_(load_file(path)["score_head"])
     return model

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from infra.config import StageConfig
+from infra.config import ModelStageConfig
 from infra.stage import InputSpec, Stage, StageContext
 
 
-class DistillConfig(StageConfig):
+class DistillConfig(ModelStageConfig):
     """How often experts are asked, and what is kept of their answers."""
 
     problems: int = Field(
@@ -27,6 +27,7 @@ def run(config: DistillConfig, context: StageContext) -> None:
     from data.chat import EOS, ChatTokenizer
     from infra.errors import HeadwaterError
     from model.checkpoint import load_model
+    from model.device import pick_device
     from model.engine.engine import Engine
     from model.engine.sampling import Sampling
     from post_training import problem_sets
@@ -35,6 +36,7 @@ def run(config: DistillConfig, context: StageContext) -> None:
     from post_training.samples import reverify, sample_row, write_samples
     from post_training.tasks.problem import SYSTEM
 
+    device = pick_device(config.device)
     forms = (Form("concise", "", must_reason=False), Form("reasoned", SYSTEM, must_reason=True))
     rows: list[dict[str, str]] = []
     # By family and form: problems asked, and those with a sample that was kept.
@@ -43,7 +45,7 @@ def run(config: DistillConfig, context: StageContext) -> None:
     for expert in context.inputs_of("experts"):
         families = expert.json("expert.json")["families"]
         tokenizer = ChatTokenizer(expert.file("tokenizer.json"))
-        engine = Engine(load_model(expert.path), [EOS])
+        engine = Engine(load_model(expert.path, device=device), [EOS])
         problems = problem_sets.read(context.input("problems").file("train.parquet"), families)
         random.Random(f"{config.seed}/distill").shuffle(problems)
         for family, mine in problem_sets.spread(problems, families, config.problems).items():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from infra.config import StageConfig
+from infra.config import ModelStageConfig
 from infra.stage import InputSpec, Stage, StageContext
 
 
-class EvaluateConfig(StageConfig):
+class EvaluateConfig(ModelStageConfig):
     """What is asked and how answers are sampled."""
 
     families: list[str] = Field(
@@ -30,6 +30,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     from flows.training import check_shards
     from infra.errors import HeadwaterError
     from model.checkpoint import load_model
+    from model.device import pick_device
     from model.engine.engine import Engine
     from model.engine.sampling import Sampling
     from model.train import held_out_loss
@@ -40,7 +41,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
 
     checkpoint = context.input("checkpoint")
     tokenizer = ChatTokenizer(checkpoint.file("tokenizer.json"))
-    model = load_model(checkpoint.path)
+    model = load_model(checkpoint.path, device=pick_device(config.device))
     held = problem_sets.read_asked(context.input("problems").file("heldout.parquet"), config.families)
     by_family = problem_sets.spread(held, sorted({p.family for p in held}), config.problems)
     each = max(1, config.problems // len(by_family))

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from infra.config import StageConfig, placement
+from infra.config import ModelStageConfig, placement
 from infra.stage import InputSpec, Stage, StageContext
 
 
-class ExpertConfig(StageConfig):
+class ExpertConfig(ModelStageConfig):
     """The domain, and how its expert learns it (report §5.1)."""
 
     families: list[str] = Field(
@@ -46,6 +46,7 @@ def run(config: ExpertConfig, context: StageContext) -> None:
     from flows.training import checkpoint_metrics, copy_tokenizer, progress, publish_rl, publish_training
     from infra.checkpoint import Checkpoints
     from model.checkpoint import load_model, save_model
+    from model.device import pick_device
     from model.optim.build import OptimizerConfig, build_optimizer
     from post_training import problem_sets
     from post_training.grpo import GRPOConfig
@@ -69,7 +70,7 @@ def run(config: ExpertConfig, context: StageContext) -> None:
                 taught.append(Conversation(p.prompt, p.thought, p.boxed, SYSTEM))
     packed = PackedSamples(tokenizer, taught, config.sequence_length, config.seed)
     context.log(f"{len(taught)} samples in {packed.count} rows, {packed.left_out} too long and left out")
-    model = load_model(base.path)
+    model = load_model(base.path, device=pick_device(config.device))
     settings = OptimizerConfig(
         name=config.optimizer, lr=config.sft_lr, muon_lr=config.muon_lr, weight_decay=0.0
     )

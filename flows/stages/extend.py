@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from infra.config import Section, StageConfig, placement
+from infra.config import ModelStageConfig, Section, placement
 from infra.stage import InputSpec, Stage, StageContext
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Phase(Section):
     steps: int = Field(40, ge=0, description="Optimizer steps")
 
 
-class ExtendConfig(StageConfig):
+class ExtendConfig(ModelStageConfig):
     """YaRN factors, fine-tuning on long rows, and the grid that shows what it brings."""
 
     phases: list[Phase] = Field(
@@ -70,6 +70,7 @@ def run(config: ExtendConfig, context: StageContext) -> None:
     from infra.checkpoint import Checkpoints
     from infra.errors import HeadwaterError
     from model.checkpoint import load_model, save_model
+    from model.device import pick_device
     from model.engine.engine import Engine
     from model.optim.build import OptimizerConfig, build_optimizer
     from model.schedule import cosine
@@ -80,7 +81,8 @@ def run(config: ExtendConfig, context: StageContext) -> None:
     tokenizer = ChatTokenizer(base.file("tokenizer.json"))
     shards = context.input("shards")
     source = ShardLoader(shards.folder("train"), config.batch_rows, config.seed)
-    model = load_model(base.path)
+    device = pick_device(config.device)
+    model = load_model(base.path, device=device)
     original = model.config
     check_shards(
         shards, {ref.digest for ref in base.record.inputs if ref.role == "tokenizer"}, original.vocab_size
@@ -108,10 +110,10 @@ def run(config: ExtendConfig, context: StageContext) -> None:
     for number, phase in enumerate(config.phases, start=1):
         extended = original.extended(phase.factor)
         if number == 1:
-            model = load_model(base.path, config=extended)
+            model = load_model(base.path, config=extended, device=device)
         else:
             save_model(model, context.scratch / "phase")
-            model = load_model(context.scratch / "phase", config=extended)
+            model = load_model(context.scratch / "phase", config=extended, device=device)
         if number == len(config.phases):
             measure("yarn_alone" if number == 1 else "before_last_phase")
         optimizer = build_optimizer(

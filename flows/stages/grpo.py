@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from infra.config import StageConfig, placement
+from infra.config import ModelStageConfig, placement
 from infra.stage import InputSpec, Stage, StageContext
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from post_training.rollout import Rollout
 
 
-class GRPOStageConfig(StageConfig):
+class GRPOStageConfig(ModelStageConfig):
     """Rollouts, objective and rewards."""
 
     families: list[str] = Field(
@@ -54,6 +54,7 @@ def run(config: GRPOStageConfig, context: StageContext) -> None:
     from infra.errors import HeadwaterError
     from infra.files import sha256_file
     from model.checkpoint import load_model, save_model
+    from model.device import pick_device
     from model.optim.build import OptimizerConfig, build_optimizer
     from post_training import problem_sets
     from post_training.grpo import GRPOConfig
@@ -71,7 +72,8 @@ def run(config: GRPOStageConfig, context: StageContext) -> None:
                 f"{artifact.ref} reads another tokenizer than {policy.ref} writes: train the reward model "
                 "from a checkpoint of the same chain"
             )
-    judges = [load_reward_model(artifact.path) for artifact in context.inputs_of("reward")]
+    device = pick_device(config.device)
+    judges = [load_reward_model(artifact.path, device) for artifact in context.inputs_of("reward")]
 
     def reward(rollouts: Sequence[Rollout]) -> Tensor:
         total = rule_rewards(rollouts, config.format_weight)
@@ -79,11 +81,11 @@ def run(config: GRPOStageConfig, context: StageContext) -> None:
             total = total + config.reward_model_weight * model_rewards(judge, rollouts)
         return total
 
-    model = load_model(policy.path)
+    model = load_model(policy.path, device=device)
     log_file = context.scratch / "rl.jsonl"
     position = optimize(
         model,
-        load_model(policy.path).eval(),
+        load_model(policy.path, device=device).eval(),
         build_optimizer(model, OptimizerConfig(name="adamw", lr=config.lr, weight_decay=0.0)),
         tokenizer,
         problems,

@@ -8,12 +8,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from infra.config import StageConfig, placement
+from infra.config import ModelStageConfig, placement
 from infra.stage import InputSpec, Stage, StageContext
 from model.config import ModelConfig
 
 
-class PretrainConfig(StageConfig):
+class PretrainConfig(ModelStageConfig):
     """The model, how long it trains, and on what schedule."""
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="Architecture")
@@ -52,6 +52,7 @@ def run(config: PretrainConfig, context: StageContext) -> None:
     from infra.checkpoint import Checkpoints
     from infra.errors import HeadwaterError
     from model.checkpoint import save_model
+    from model.device import pick_device
     from model.optim.build import OptimizerConfig, build_optimizer
     from model.schedule import Schedule
     from model.train import LoopConfig, Position, Step, held_out_loss, train
@@ -66,7 +67,8 @@ def run(config: PretrainConfig, context: StageContext) -> None:
             f"rows of {source.sequence_length} tokens do not fit "
             f"model.original_max_position_embeddings = {config.model.original_max_position_embeddings}"
         )
-    model = build(config.model, config.seed, config.precision)
+    # Drawn on the CPU, so that the first weights are the same wherever it trains.
+    model = build(config.model, config.seed, config.precision).to(pick_device(config.device))
     optimizer = build_optimizer(
         model,
         OptimizerConfig(

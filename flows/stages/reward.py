@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from infra.config import StageConfig, placement
+from infra.config import ModelStageConfig, placement
 from infra.stage import InputSpec, Stage, StageContext
 
 
-class RewardConfig(StageConfig):
+class RewardConfig(ModelStageConfig):
     """Where pairs come from and how long the model learns from them."""
 
     problems: int = Field(300, gt=0, description="Problems sampled for pairs")
@@ -30,6 +30,7 @@ def run(config: RewardConfig, context: StageContext) -> None:
     from infra.checkpoint import Checkpoints
     from infra.errors import HeadwaterError
     from model.checkpoint import load_model
+    from model.device import pick_device
     from model.engine.engine import Engine
     from model.engine.sampling import Sampling
     from model.optim.build import OptimizerConfig
@@ -45,7 +46,8 @@ def run(config: RewardConfig, context: StageContext) -> None:
     rng.shuffle(problems)
     problems = problems[: config.problems]
     systems = [SYSTEM if rng.random() < 0.5 else "" for _ in problems]
-    engine = Engine(load_model(policy.path), [EOS])
+    device = pick_device(config.device)
+    engine = Engine(load_model(policy.path, device=device), [EOS])
     sampling = Sampling(config.max_tokens, config.temperature, seed=config.seed)
     rollouts = sample(engine, tokenizer, problems, systems, sampling, config.samples)
     pairs: list[Pair] = []
@@ -63,7 +65,7 @@ def run(config: RewardConfig, context: StageContext) -> None:
             "reward.temperature, or train the policy to be right sometimes and not always"
         )
     context.log(f"{len(pairs)} pairs to learn from, {len(held)} held out")
-    model = RewardModel(load_model(policy.path))
+    model = RewardModel(load_model(policy.path, device=device))
     log_file = context.scratch / "metrics.jsonl"
     train_reward(
         model,

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from infra.config import StageConfig, placement
+from infra.config import ModelStageConfig, placement
 from infra.stage import InputSpec, Stage, StageContext
 
 
-class SFTStageConfig(StageConfig):
+class SFTStageConfig(ModelStageConfig):
     """Passes, learning rates and rows."""
 
     epochs: float = Field(2.0, gt=0, description="Passes over the samples (2 in the report)")
@@ -37,6 +37,7 @@ def run(config: SFTStageConfig, context: StageContext) -> None:
     from infra.checkpoint import Checkpoints
     from infra.errors import HeadwaterError, nearest
     from model.checkpoint import load_model, save_model
+    from model.device import pick_device
     from model.optim.build import OptimizerConfig, build_optimizer
     from post_training import problem_sets
     from post_training.samples import read_samples
@@ -62,7 +63,7 @@ def run(config: SFTStageConfig, context: StageContext) -> None:
         )
     packed = PackedSamples(tokenizer, samples, config.sequence_length, config.seed)
     context.log(f"{len(samples)} samples in {packed.count} rows, {packed.left_out} too long and left out")
-    model = load_model(base.path)
+    model = load_model(base.path, device=pick_device(config.device))
     optimizer = build_optimizer(
         model,
         OptimizerConfig(

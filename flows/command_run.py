@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows import prefect_home, registry, report, server, single
+from flows import prefect_home, registry, server, single
 from flows.execute import execute
+from flows.finish import finish
 from flows.preset import Preset, load
+from flows.report import Report
 from flows.report_page import duration
 from flows.runner import Options, Pipeline, Result
 from flows.terminal import Terminal, print_report
@@ -65,13 +67,13 @@ def perform(request: Request) -> int:
     return NOT_PROMOTED if made.promotion.startswith("not ") else 0
 
 
-def _run(store: Store, preset: Preset, request: Request, terminal: Terminal) -> tuple[Result, report.Report]:
+def _run(store: Store, preset: Preset, request: Request, terminal: Terminal) -> tuple[Result, Report]:
     # First without a word: when nothing is left to build, neither Prefect nor a worker is needed at all.
     look = Pipeline(store, preset, request.run, request.options, lambda node, event: None)
     left = look.resolve()
     if not left:
         result = look.result()
-        return result, report.finish(store, result)
+        return result, finish(store, result)
     terminal.say(f"{len(left)} of {len(preset.nodes)} nodes to build in {store.home}")
     if request.prefect:
         recorded = _recorded(store, request, terminal)
@@ -79,10 +81,10 @@ def _run(store: Store, preset: Preset, request: Request, terminal: Terminal) -> 
             return recorded
     pipeline = Pipeline(store, preset, request.run, request.options, terminal.listen)
     result = asyncio.run(pipeline.execute())
-    return result, report.finish(store, result)
+    return result, finish(store, result)
 
 
-def _recorded(store: Store, request: Request, terminal: Terminal) -> tuple[Result, report.Report] | None:
+def _recorded(store: Store, request: Request, terminal: Terminal) -> tuple[Result, Report] | None:
     """Run inside Prefect flows; None when Prefect cannot, for the run then goes on without."""
     with contextlib.ExitStack() as stack:
         # An address that the user has set for Prefect is meant; else the server of `headwater up`; else our

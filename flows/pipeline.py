@@ -24,9 +24,11 @@ from prefect.logging import get_run_logger
 from prefect.logging.handlers import APILogWorker
 from prefect.runtime import flow_run
 
-from flows import prefect_artifacts, report, single
+from flows import prefect_artifacts, single
 from flows.execute import Listen, Outcome, Task, execute
+from flows.finish import finish
 from flows.preset import Preset, load
+from flows.report import Report
 from flows.runner import Options, Pipeline, Result
 from infra.errors import BuildError, HeadwaterError
 from infra.stage import Stage
@@ -38,7 +40,7 @@ _EVERY = 15.0
 _COMMON = ("config", "run", "node", "force", "refresh")
 
 
-Kept = tuple[Result, report.Report]
+Kept = tuple[Result, Report]
 
 
 class StageFailed(HeadwaterError):
@@ -123,7 +125,7 @@ def pipeline_flow(listen: Listen | None = None, kept: list[Kept] | None = None) 
         heard = both(logged(get_run_logger()), listen)
         pipe = Pipeline(store, load(preset, settings), run, options, heard)
         result = await pipe.execute(lambda task: record_node(store, task, listen))
-        made = report.finish(store, result)
+        made = finish(store, result)
         if kept is not None:
             kept.append((result, made))
         await prefect_artifacts.publish_run(store, result, made.gates)

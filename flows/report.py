@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.gain import gains
-from flows.gates import Gate, Verdict, judge
-from flows.runner import Result, figure
 from infra import lineage
 from infra.artifact import Artifact
 from infra.errors import HeadwaterError, StoreError
-from infra.files import atomic_write_text
 from infra.names import utc_now
 from infra.store import Store
 
@@ -90,32 +87,6 @@ class Report:
         return self.home / "reports" / self.run / "report.html"
 
 
-def finish(store: Store, result: Result) -> Report:
-    """Judge the gates, promote if they allow it, note it all in the run, and write the page."""
-    from flows.report_page import render
-
-    preset = result.preset
-    made = {name for name, one in result.outcomes.items() if one.ok}
-    verdicts = [
-        _verdict(judge(gate, lambda node, name: figure(result, node, name)))
-        for gate in preset.gates
-        if made.issuperset(
-            node for _, node, _ in gate.terms
-        )  # the others cannot be judged in a run of a part
-    ]
-    store.names.describe_run(
-        result.run,
-        # The statuses of this very run: the documents of the nodes move on when one is built again.
-        statuses={name: one.status for name, one in result.outcomes.items()},
-        seconds=round(result.seconds, 3),
-        gates=verdicts,
-        promotion=_promote(store, result),
-    )
-    report = gather(store, result.run)
-    atomic_write_text(report.page, render(report), points=None)
-    return report
-
-
 def gather(store: Store, run: str) -> Report:
     """The report of a run as the store has it now; StoreError when there is no such run."""
     document = store.names.require_run(run)
@@ -141,35 +112,6 @@ def gather(store: Store, run: str) -> Report:
         tree=lineage.to_text(lineage.back(store, root)) if root else "",
         gains=gains(artifact for _, artifact in artifacts),
     )
-
-
-def _verdict(verdict: Verdict) -> dict[str, Any]:
-    gate: Gate = verdict.gate
-    return {
-        "name": gate.name,
-        "formula": gate.value,
-        "value": verdict.value,
-        "bound": gate.bound,
-        "holds": verdict.holds,
-        "problem": verdict.problem,
-    }
-
-
-def _promote(store: Store, result: Result) -> str:
-    """Point the preset's name at its artifact if the gates hold; says what was done."""
-    promotion = result.preset.promote
-    outcome = result.outcomes.get(promotion.node) if promotion else None
-    if promotion is None or outcome is None or outcome.artifact is None or not result.ok:
-        return ""
-    for gate in promotion.gates:
-        verdict = judge(gate, lambda node, name: figure(result, node, name))
-        if not verdict.holds:
-            said = verdict.problem or f"{gate.value} is {verdict.value:.4g}, {gate.bound} is asked"
-            return f"not promoted to {promotion.name}: {said}"
-    now = store.names.get(promotion.name)
-    if now is None or now["artifact"] != outcome.artifact.ref:
-        store.promote(outcome.artifact.ref, promotion.name, by=f"run {result.run}")
-    return f"{promotion.name} is {outcome.artifact.ref}"
 
 
 def _row(store: Store, name: str, entry: Mapping[str, Any], info: Mapping[str, Any]) -> Row:

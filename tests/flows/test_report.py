@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from flows import report, report_page
+from flows.finish import finish
 from flows.gain import gains
 from flows.report import Curve, Report, Row, Sample, gather, read_jsonl
 from flows.report_page import duration, number, render
@@ -81,7 +82,7 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
 
 def test_the_page_needs_nothing_else(quick: Toy, store: Store) -> None:
     result, _ = quick()
-    made = report.finish(store, result)
+    made = finish(store, result)
     text = made.page.read_text()
     assert made.page == store.home / "reports" / "toy" / "report.html"
     assert not re.search(r"(src|href)=[\"'](?!data:)", text)
@@ -95,7 +96,7 @@ def test_the_page_needs_nothing_else(quick: Toy, store: Store) -> None:
 
 def test_plots_and_samples_are_taken_from_the_artifacts(quick: Toy, store: Store) -> None:
     result, _ = quick()
-    report.finish(store, result)
+    finish(store, result)
     artifact = result.outcomes["train"].artifact
     (artifact.path / "plots").mkdir()
     (artifact.path / "plots" / "curve.png").write_bytes(PIXEL)
@@ -156,7 +157,7 @@ def test_what_reinforcement_learning_brought_is_told_from_the_records(quick: Toy
     assert "the SFT model reasons in 25.0% of answers and is right in 40.0% (with the prompt 90.0%)" in told
     assert "after GRPO it reasons unasked in 95.5% and is right in 85.0%" in told
     assert "at 1.25 times the extra compute (forward passes), gives 50.0%" in told
-    shown = dataclasses.replace(report.finish(store, result), gains=(told,))
+    shown = dataclasses.replace(finish(store, result), gains=(told,))
     out = io.StringIO()
     print_report(shown, Console(file=out, width=1000))
     assert told in out.getvalue()
@@ -216,14 +217,14 @@ def test_the_terminal_prints_a_line_an_event() -> None:
 
 def test_a_stage_chooses_the_figures_of_its_row(quick: Toy, store: Store) -> None:
     result, _ = quick()
-    rows = {row.node: row for row in report.finish(store, result).rows}
+    rows = {row.node: row for row in finish(store, result).rows}
     assert rows["train"].figures == {"total": result.outcomes["train"].artifact.metrics["total"]}
     assert rows["left"].figures == {"count": 3}
 
 
 def test_a_run_of_a_part_is_not_judged_by_what_it_left_out(quick: Toy, store: Store) -> None:
     result, _ = quick(stop=("control",))
-    made = report.finish(store, result)
+    made = finish(store, result)
     assert made.gates == ()
     assert made.promotion == ""
     assert [row.node for row in made.rows] == ["left", "control"]
@@ -232,9 +233,9 @@ def test_a_run_of_a_part_is_not_judged_by_what_it_left_out(quick: Toy, store: St
 def test_rows_of_an_earlier_run_are_marked(quick: Toy, store: Store) -> None:
     whole, _ = quick()
     last = whole.outcomes["last"].artifact.ref
-    report.finish(store, whole)
+    finish(store, whole)
     part, _ = quick("left.count=4", stop=("control",))
-    found = report.finish(store, part)
+    found = finish(store, part)
     assert {row.node: row.status for row in found.rows} == {
         "left": "built",
         "right": "earlier run",

@@ -3,9 +3,8 @@
 Keys and values of all heads are made from one latent a token (and one rotary key shared by the heads), and
 only those are cached. Training expands the latent into heads; decoding absorbs the expansions into the
 query and the output, so that attention runs directly on the cached latents.
-Legend: B batch, T positions, D
-hidden, H heads, N content width, R rotary width, V value width, Q query rank, C key-value rank, L cached
-positions.
+Legend: B batch, T positions, D hidden, H heads, N content width, R rotary width, V value width, Q query
+rank, C key-value rank, L cached positions.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ Depth k sees the state of depth k-1 at position i and the embedding of token i+k
 Embedding and output head are the main model's own. The state handed on is taken before the final norm (the
 report does not say which). Inputs are concatenated [embedding; hidden] as in the released weights, the
 reverse of equation 21: from scratch it makes no difference, when loading those weights it does.
-Legend: B
-batch, T positions, D hidden.
+Legend: B batch, T positions, D hidden.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 What differs between them is data, and what each step should do: `Step` says it, a function from the run's
 position to a Step is the schedule, and everything the loop carries from step to step is in its checkpoint.
 A run that is killed and started again goes on from its last checkpoint with the same bits.
-Legend: B rows
-of a batch, T positions.
+Legend: B rows of a batch, T positions.
 """
 
 from __future__ import annotations

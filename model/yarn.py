@@ -2,8 +2,7 @@
 
 Only the decoupled part of queries and keys is rotated, so extension touches nothing else: the frequencies
 below and the softmax scale are all that a longer context changes.
-Legend: B batch, T positions, H heads, R
-rotary width of a head.
+Legend: B batch, T positions, H heads, R rotary width of a head.
 """
 
 from __future__ import annotations

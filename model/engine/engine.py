@@ -3,8 +3,7 @@
 Prompts are read in the expanded form and then every step runs in the absorbed form on cached latents.
 Requests wait in a queue; when enough rows have finished, the batch is compacted and refilled. Requests with
 the same prompt share one reading of it, as the samples of a GRPO group do.
-Legend: B rows, L cache length,
-W latent width (C + R), D hidden, O vocabulary.
+Legend: B rows, L cache length, W latent width (C + R), D hidden, O vocabulary.
 """
 
 from __future__ import annotations

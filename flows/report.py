@@ -20,9 +20,9 @@ from infra.names import utc_now
 from infra.store import Store
 
 # Curves worth a line in the terminal, where a log has them.
-_WATCHED = ("loss", "held_out_loss", "reward", "correct", "accuracy")
+_WATCHED = ("loss", "watched_loss", "reward", "correct", "accuracy")
 _FIGURES = 4
-_SAMPLES = 4
+_SAMPLES = 6
 
 
 @dataclass(frozen=True)

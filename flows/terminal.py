@@ -21,7 +21,7 @@ from flows.report_page import duration, label, number
 _EVERY = 15.0
 _COLOURS = {"built": "green", "resumed": "green", "cached": "dim", "given": "dim", "failed": "red"}
 _BARS = "▁▂▃▄▅▆▇█"
-_ANSWERS = 4
+_ANSWERS = 6
 # Characters of an error in the table; whole, it is told below.
 _CELL = 40
 
@@ -139,9 +139,13 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(Text(f"\n{paragraph}\n"))
     for curve in report.curves:
         console.print(Text(_curve(curve)))
-    for sample in report.samples[:_ANSWERS]:
+    # Of the last evaluation: what the finished model answers, not what the base model did.
+    last = [sample for sample in report.samples if sample.node == report.samples[-1].node]
+    for sample in last[:_ANSWERS]:
         mark = Text("right ", style="green") if sample.correct else Text("wrong ", style="red")
-        console.print(mark + Text(f"{sample.node}: {_short(sample.prompt)} -> {_short(sample.answer)}"))
+        asked = " (asked to think)" if sample.system else ""
+        told = f"{sample.node}{asked}: {_short(sample.prompt)} -> {_short(sample.answer)}"
+        console.print(mark + Text(told))
     if report.tree:
         console.print(Text("\n" + report.tree.rstrip()))
     if report.promotion:

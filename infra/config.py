@@ -113,7 +113,9 @@ def placement(default: Any = ..., **kw: Any) -> Any:
 class StageConfig(Section):
     """What one stage is asked to do."""
 
-    seed: int = Field(0, ge=0, description="Seed of every random choice of the stage; part of its identity.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of every random choice of the stage; part of its identity."
+    )
     threads: int = placement(0, ge=0, description="CPU threads of the stage; 0 = all cores it was given.")
 
 

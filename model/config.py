@@ -132,8 +132,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Inverse of `to_dict`; an unknown key raises ModelConfigError naming it."""
+        """Inverse of `to_dict`; an unknown or missing key raises ModelConfigError naming it."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ModelConfigError(f"unknown model configuration field(s): {', '.join(unknown)}")
+        missing = sorted({f.name for f in fields(cls)} - set(values))
+        if missing:
+            raise ModelConfigError(f"no value for model configuration field(s): {', '.join(missing)}")
         return cls(**values)

@@ -77,7 +77,10 @@ class RoutedExperts(nn.Module):
         if self.precision.name == "fp32":
             return _GroupedSwiGLU.apply(x_SD, self.gate_up_proj, self.down_proj, counts)
         outputs = []
-        for expert, x in enumerate(x_SD.split(counts)):
-            gate, up = self.precision.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-            outputs.append(self.precision.linear(F.silu(gate) * up, self.down_proj[expert]))
-        return torch.cat(outputs)
+        # Unbound at once: the gradient of each index would be as large as all experts.
+        weights = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        for x, (gate_up, down) in zip(x_SD.split(counts), weights, strict=True):
+            if len(x):
+                gate, up = self.precision.linear(x, gate_up).chunk(2, dim=-1)
+                outputs.append(self.precision.linear(F.silu(gate) * up, down))
+        return torch.cat(outputs) if outputs else x_SD

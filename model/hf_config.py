@@ -131,7 +131,7 @@ def from_published(values: dict[str, Any], where: Path) -> ModelConfig:
         )
     own = {name: values[name] for name in _SAME} | _rotary(values, where)
     try:
-        return ModelConfig.from_dict(own)
+        return ModelConfig(**own)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
 

@@ -60,8 +60,7 @@ class Losses:
 
     main: Tensor
     mtp: list[Tensor]
-    balance: Tensor  # mean over expert layers of sum_i f_i P_i, averaged over sequences
-    targets: int
+    balance: Tensor  # sum over expert layers of sum_i f_i P_i, averaged over sequences
 
 
 def next_token_losses(
@@ -77,7 +76,7 @@ def next_token_losses(
     T, not by the T-k terms there are (equation 24). With `segments_BT`, nothing is predicted across the
     boundary of two samples.
     """
-    sums, targets = [], 0
+    sums = []
     for depth, states in enumerate(output.states_BTD):
         shift = depth + 1
         keep = counted_BT[:, shift:]
@@ -85,7 +84,6 @@ def next_token_losses(
             keep = keep & (segments_BT[:, shift:] == segments_BT[:, :-shift])
         picked = states[:, : tokens_BT.shape[1] - shift][keep]
         sums.append(cross_entropy_sum(picked, model.lm_head, tokens_BT[:, shift:][keep]))
-        targets = int(keep.sum()) if depth == 0 else targets
     routings = output.routings
-    balance = torch.stack([r.balance_loss for r in routings]).mean() if routings else sums[0].new_zeros(())
-    return Losses(sums[0], sums[1:], balance, targets)
+    balance = torch.stack([r.balance_loss for r in routings]).sum() if routings else sums[0].new_zeros(())
+    return Losses(sums[0], sums[1:], balance)

@@ -53,7 +53,9 @@ class MoE(nn.Module):
         pair_P = experts_P.argsort(stable=True)
         token_P = pair_P // routing.experts_SK.shape[1]
         counts = torch.bincount(experts_P, minlength=self.gate.config.n_routed_experts).tolist()
-        return Dispatched(x_BTD.reshape(-1, x_BTD.shape[-1])[token_P], token_P, pair_P, counts)
+        # Not by indexing: the backward pass of that adds with several threads in any order.
+        rows_PD = x_BTD.reshape(-1, x_BTD.shape[-1]).index_select(0, token_P)
+        return Dispatched(rows_PD, token_P, pair_P, counts)
 
     def combine(self, x_BTD: Tensor, y_PD: Tensor, sent: Dispatched, routing: Routing) -> Tensor:
         """Weighted sum of each token's experts, plus the shared expert."""

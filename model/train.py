@@ -144,7 +144,9 @@ def _gradients(
     device = lanes.replicas[0].embed_tokens.device
     tokens_BT = batch["tokens"].to(device).long()
     counted_BT = batch["loss"].to(device).bool()
-    segments_BT = batch["segments"].to(device) if config.mask_documents else None
+    rows_BT = batch["segments"].to(device)
+    segments_BT = rows_BT if config.mask_documents else None
+    valid_BT = rows_BT >= 0
     if segments_BT is not None:
         # Nothing in its own sample predicts a sample's first token.
         counted_BT = counted_BT & F.pad(segments_BT[:, 1:] == segments_BT[:, :-1], (1, 0))
@@ -153,7 +155,7 @@ def _gradients(
 
     def work(model: Transformer, part: slice) -> tuple[float, float, float, list[Tensor]]:
         segments = None if segments_BT is None else segments_BT[part]
-        output = model(tokens_BT[part], segments, mtp=step.mtp_weight > 0)
+        output = model(tokens_BT[part], segments, step.mtp_weight > 0, valid_BT[part])
         losses = next_token_losses(model, output, tokens_BT[part], counted_BT[part], segments)
         share = tokens_BT[part].shape[0] / rows
         mtp = torch.stack(losses.mtp).mean() if losses.mtp else losses.main.new_zeros(())

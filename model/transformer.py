@@ -66,7 +66,9 @@ class Transformer(nn.Module):
         """(cos, sin) of the first `length` positions, [length, R/2]; computed once and grown when needed."""
         device = self.embed_tokens.device
         if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
-            size = max(length, self.config.original_max_position_embeddings)
+            # Doubled, so that decoding does not make it anew at every step.
+            known = 0 if self._tables is None else self._tables[0].shape[0]
+            size = max(length, self.config.original_max_position_embeddings, 2 * known)
             # A table first needed while generating must still serve training later.
             with torch.inference_mode(False):
                 self._tables = rotation_table(self.config, size, device)
@@ -77,10 +79,21 @@ class Transformer(nn.Module):
         """Routers in the order of `Output.routings`."""
         return [module for module in self.modules() if isinstance(module, Gate)]
 
-    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None, mtp: bool = False) -> Output:
-        """States at every position; with `mtp`, also those of the prediction modules (each one shorter)."""
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        mtp: bool = False,
+        valid_BT: Tensor | None = None,
+    ) -> Output:
+        """States at every position; with `mtp`, also those of the prediction modules (each one shorter).
+
+        `valid_BT` is False for padding, which counts nowhere in the routers' loads; by default what
+        `segments_BT` says, and without it every token is real.
+        """
         mask = None if segments_BT is None else boundary_mask(segments_BT)
-        valid_BT = None if segments_BT is None else segments_BT >= 0
+        if valid_BT is None and segments_BT is not None:
+            valid_BT = segments_BT >= 0
         cos, sin = self.rotation(tokens_BT.shape[1])
         embedded = F.embedding(tokens_BT, self.embed_tokens).to(self.precision.activation_dtype)
         x, output = embedded, Output([])

@@ -10,7 +10,7 @@ Legend: N rollouts, G samples a group, B rows of a micro-batch, T positions, S r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,6 @@ def update(
     rollouts: Sequence[Rollout],
     rewards_N: Tensor,
     config: GRPOConfig,
-    lr_scale: Callable[[int], float] = lambda update: 1.0,
 ) -> dict[str, float]:
     """Take `config.updates` optimizer steps on one batch of rollouts; returns the figures of the last one.
 
@@ -100,7 +99,7 @@ def update(
     figures: dict[str, float] = {}
     batches = _micro_batches(model, reference, rollouts, advantage_N, config)
     tokens = sum(batch.advantage_S.numel() for batch in batches)
-    for number in range(config.updates):
+    for _ in range(config.updates):
         kl_sum, clipped_sum, objective_sum = 0.0, 0.0, 0.0
         for batch in batches:
             log_probs = response_log_probs(model, batch.tokens_BT, batch.response_BT)
@@ -115,7 +114,7 @@ def update(
             objective_sum += float(objective.detach())
             kl_sum += float(kl.detach().sum())
             clipped_sum += float((ratio.detach() != bounded.detach()).sum())
-        norm = optimizer.step(lr_scale(number))
+        norm = optimizer.step(1.0)
         figures = {
             "objective": objective_sum,
             "kl": kl_sum / tokens,

@@ -16,7 +16,10 @@ from post_training.tasks.problem import SYSTEM, Problem, is_held_out
 from post_training.tasks.registry import FAMILIES
 
 SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("id", "family", "prompt", "thought", "answer", "expected", "system")]
+    [
+        (name, pa.string())
+        for name in ("id", "family", "prompt", "thought", "answer", "expected", "system", "twin")
+    ]
 )
 """`answer` is the text that ends a response (boxed), `expected` what the verifier compares with."""
 
@@ -48,7 +51,7 @@ def draw(wanted: Wanted, held_out_share: float, seed: int) -> tuple[list[Problem
     train: list[Problem] = []
     held: list[Problem] = []
     seen: set[str] = set()
-    misses = 0
+    misses = repeats = 0
     while len(train) < wanted.train or len(held) < wanted.held_out:
         problem = family.make(rng, wanted.size)
         target, limit = (
@@ -56,10 +59,17 @@ def draw(wanted: Wanted, held_out_share: float, seed: int) -> tuple[list[Problem
         )
         if len(target) >= limit or problem.id in seen:
             misses += 1
+            repeats += problem.id in seen
             if misses > 100 * (wanted.train + wanted.held_out) + 10_000:
                 raise HeadwaterError(
-                    f"family {wanted.family}: size {wanted.size} has too few different problems for "
-                    f"{wanted.train} + {wanted.held_out}; raise size, or ask for fewer"
+                    f"family {wanted.family}: {len(train)} of {wanted.train} and {len(held)} of "
+                    f"{wanted.held_out} held-out problems found. "
+                    + (
+                        f"Size {wanted.size} has too few different ones: raise size, or ask for fewer"
+                        if 2 * repeats > misses
+                        else f"A held_out_share of {held_out_share:g} gives too few on one side: change it, "
+                        "or ask for fewer there"
+                    )
                 )
             continue
         seen.add(problem.id)
@@ -86,6 +96,7 @@ def rows(
                 "answer": problem.boxed,
                 "expected": problem.answer,
                 "system": SYSTEM if reasoned and system else "",
+                "twin": problem.twin,
             }
         )
     return made
@@ -102,11 +113,12 @@ def read(path: Path, families: Sequence[str] = ()) -> list[Problem]:
     for.
     """
     try:
-        table = pq.read_table(path, columns=["family", "prompt", "thought", "expected"])
+        table = pq.read_table(path, columns=["family", "prompt", "thought", "expected", "twin"])
     except (OSError, pa.ArrowException) as error:
         raise HeadwaterError(f"{path} is not a readable set of problems: {error}") from error
     problems = [
-        Problem(row["family"], row["prompt"], row["thought"], row["expected"]) for row in table.to_pylist()
+        Problem(row["family"], row["prompt"], row["thought"], row["expected"], row["twin"])
+        for row in table.to_pylist()
     ]
     there = {problem.family for problem in problems}
     missing = [family for family in families if family not in there]

@@ -8,7 +8,6 @@ Legend: B responses, T positions, D hidden.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,7 +141,6 @@ def save_reward_model(model: RewardModel, folder: Path) -> None:
     """The trunk as any checkpoint, and the head beside it."""
     save_model(model.trunk, folder)
     save_file({"score_head": model.score_head.detach()}, folder / "score_head.safetensors")
-    (folder / "reward.json").write_text(json.dumps({"reads": "last token of the response"}) + "\n")
 
 
 def load_reward_model(folder: Path, device: torch.device | str = "cpu") -> RewardModel:

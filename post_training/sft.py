@@ -55,7 +55,7 @@ class SFTConfig:
 class PackedSamples:
     """Packed conversations as a batch source; each epoch has its own order, a function of the seed.
 
-    `count` rows, `targets` response tokens in them; `left_out` samples were longer than a row. Raises
+    `count` rows; `left_out` samples were longer than a row. Raises
     HeadwaterError when no sample fits.
     """
 
@@ -72,7 +72,6 @@ class PackedSamples:
         self.left_out = len(pieces) - len(fitting)
         self._tensors = as_tensors(rows_from(fitting, length))
         self.count = self._tensors["tokens"].shape[0]
-        self.targets = int(self._tensors["loss"].sum())
         self.seed = seed
 
     @staticmethod

@@ -37,7 +37,7 @@ def run(config: DistillConfig, context: StageContext) -> None:
     from post_training.tasks.problem import SYSTEM
 
     device = pick_device(config.device)
-    forms = (Form("concise", "", must_reason=False), Form("reasoned", SYSTEM, must_reason=True))
+    forms = (Form("concise", "", reasons=False), Form("reasoned", SYSTEM, reasons=True))
     rows: list[dict[str, str]] = []
     # By family and form: problems asked, and those with a sample that was kept.
     asked: Counter[str] = Counter()

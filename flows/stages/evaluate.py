@@ -56,7 +56,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
     engine = Engine(model, [EOS])
     sampling = Sampling(config.max_tokens, config.temperature, seed=config.seed)
     table: dict[str, list[dict[str, float | str]]] = {}
-    shown: list[dict[str, str | bool]] = []
+    shown: dict[str, list[dict[str, str | bool]]] = {}
     for name, system in (("plain", ""), ("system", SYSTEM)):
         rollouts = sample(engine, tokenizer, asked, [system] * len(asked), sampling, config.samples)
         table[name] = [asdict(score) for score in scores(rollouts)]
@@ -66,8 +66,10 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         context.metric(f"format{suffix}", overall["well_formed"])
         context.metric(f"reasoned{suffix}", overall["reasoned"])
         context.metric(f"response_tokens{suffix}", overall["tokens"])
-        stride = max(1, len(rollouts) // max(1, config.shown // 2))
-        shown += [
+        # Evenly over all, ordered so that neighbours are of different families.
+        each = (config.shown + 1) // 2
+        spaced = rollouts[:: max(1, len(rollouts) // max(1, each))][:each]
+        shown[name] = [
             {
                 "prompt": r.problem.prompt,
                 "system": r.system,
@@ -75,7 +77,7 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
                 "expected": r.problem.answer,
                 "correct": r.verdict.correct,
             }
-            for r in rollouts[::stride][: config.shown // 2]
+            for r in spaced[::2] + spaced[1::2]
         ]
     for score in table["plain"][1:]:
         context.metric(f"pass_at_1_{score['family']}", score["passed"])
@@ -88,7 +90,8 @@ def run(config: EvaluateConfig, context: StageContext) -> None:
         size = shards.json("stats.json")["heldout"]["bytes"]
         context.metric("bits_per_byte", loss * targets / math.log(2) / size)
     context.write_json("scores.json", table)
-    context.write_json("samples.json", shown)
+    pairs = zip(shown["plain"], shown["system"], strict=True)
+    context.write_json("samples.json", [one for pair in pairs for one in pair][: config.shown])
 
 
 _CHECKPOINTS = ("pretrain", "extend", "expert", "sft", "grpo")

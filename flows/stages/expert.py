@@ -45,6 +45,7 @@ def run(config: ExpertConfig, context: StageContext) -> None:
     from data.chat import ChatTokenizer
     from flows.training import checkpoint_metrics, copy_tokenizer, progress, publish_rl, publish_training
     from infra.checkpoint import Checkpoints
+    from infra.errors import HeadwaterError
     from model.checkpoint import load_model, save_model
     from model.device import pick_device
     from model.optim.build import OptimizerConfig, build_optimizer
@@ -58,6 +59,8 @@ def run(config: ExpertConfig, context: StageContext) -> None:
     base = context.input("base")
     tokenizer = ChatTokenizer(base.file("tokenizer.json"))
     problems = problem_sets.read(context.input("problems").file("train.parquet"), config.families)
+    if len(set(config.families)) < len(config.families):
+        raise HeadwaterError(f"expert.families names a family twice: {', '.join(config.families)}")
     rng = random.Random(f"{config.seed}/expert")
     rng.shuffle(problems)
     taught: list[Conversation] = []

@@ -43,7 +43,11 @@ class GRPOStageConfig(ModelStageConfig):
         0.1, ge=0, description="Weight of the reward model's score, if one is given"
     )
     system_share: float = Field(0.0, ge=0, le=1, description="Share of groups asked with the system prompt")
-    micro_tokens: int = placement(8192, gt=0, description="Tokens whose activations are held at once")
+    micro_tokens: int = Field(
+        8192,
+        gt=0,
+        description="Tokens whose activations are held at once; decides how gradient sums are rounded",
+    )
     checkpoint_every: int = placement(10, gt=0, description="Steps between checkpoints")
 
 
@@ -112,9 +116,10 @@ def run(config: GRPOStageConfig, context: StageContext) -> None:
     copy_tokenizer(policy.file("tokenizer.json"), context)
     checkpoint_metrics(context, model)
     publish_rl(context, log_file, position)
-    # Rollout and reference one forward pass each, forward and backward three an update, the reward model one.
+    # A pass each of rollout and reference, three of forward and backward an update, one of the reward model.
+    # A group reads its prompt once and is charged for each response's: the comparison favours the control.
     passes = 2 + (1 if config.updates > 1 else 0) + 3 * config.updates + len(judges)
-    context.metric("forward_passes", float(passes * position.tokens))
+    context.metric("token_passes", float(passes * position.tokens))
 
 
 STAGE = Stage(
@@ -122,7 +127,7 @@ STAGE = Stage(
     version=1,
     config=GRPOStageConfig,
     run=run,
-    figures=("rl_steps", "sequence_tokens", "forward_passes", "parameters"),
+    figures=("rl_steps", "sequence_tokens", "token_passes", "parameters"),
     inputs={
         "policy": InputSpec(
             ("sft", "grpo", "expert"), description="Checkpoint to reinforce, and the reference"

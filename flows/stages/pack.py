@@ -80,6 +80,7 @@ STAGE = Stage(
     config=PackConfig,
     run=run,
     figures=("tokens", "fill", "heldout_bytes", "bigram_bits_per_byte"),
+    shared=("heldout_share",),
     inputs={
         "documents": InputSpec(_DOCUMENTS, description="Documents for the text part"),
         "problems": InputSpec(("tasks",), many=True, optional=True, description="Problems, by family"),

@@ -68,6 +68,11 @@ def run(config: PretrainConfig, context: StageContext) -> None:
             f"model.original_max_position_embeddings = {config.model.original_max_position_embeddings}"
         )
     # Drawn on the CPU, so that the first weights are the same wherever it trains.
+    if source.sequence_length <= config.model.num_nextn_predict_layers + 1:
+        raise HeadwaterError(
+            f"rows of {source.sequence_length} tokens are too short for model.num_nextn_predict_layers = "
+            f"{config.model.num_nextn_predict_layers}: each predicts one token further on"
+        )
     model = build(config.model, config.seed, config.precision).to(pick_device(config.device))
     optimizer = build_optimizer(
         model,
@@ -100,7 +105,7 @@ def run(config: PretrainConfig, context: StageContext) -> None:
 
     def watch(position: Position) -> dict[str, float]:
         rows = min(config.watch_rows, held_out.rows)
-        return {"held_out_loss": held_out_loss(model, held_out, rows)[0]} if rows else {}
+        return {"watched_loss": held_out_loss(model, held_out, rows)[0]} if rows else {}
 
     loop = LoopConfig(
         config.balance_weight,

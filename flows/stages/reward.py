@@ -67,7 +67,7 @@ def run(config: RewardConfig, context: StageContext) -> None:
     context.log(f"{len(pairs)} pairs to learn from, {len(held)} held out")
     model = RewardModel(load_model(policy.path, device=device))
     log_file = context.scratch / "metrics.jsonl"
-    train_reward(
+    position = train_reward(
         model,
         pairs,
         OptimizerConfig(lr=config.lr, weight_decay=0.0),
@@ -81,6 +81,8 @@ def run(config: RewardConfig, context: StageContext) -> None:
     )
     save_reward_model(model, context.out)
     copy_tokenizer(policy.file("tokenizer.json"), context)
+    sampled = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+    context.metric("token_passes", float(sampled + 3 * position.tokens))
     context.metric("pairs", len(pairs))
     context.metric("held_out_pairs", len(held))
     context.metric("held_out_accuracy", accuracy(model, held))

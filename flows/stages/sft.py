@@ -88,8 +88,8 @@ def run(config: SFTStageConfig, context: StageContext) -> None:
     context.metric("left_out", packed.left_out)
     context.metric("steps", position.step)
     context.metric("tokens", position.tokens)
-    # One forward and one backward pass a token: the unit in which equal compute is compared.
-    context.metric("forward_passes", 3.0 * position.tokens)
+    # A forward pass and twice that going back: the unit in which equal compute is compared.
+    context.metric("token_passes", 3.0 * position.tokens)
     checkpoint_metrics(context, model)
     publish_training(context, log_file)
 

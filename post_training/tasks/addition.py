@@ -30,4 +30,4 @@ def thought(a: int, b: int) -> str:
     return "\n".join(lines)
 
 
-FAMILY = Family("addition", make, (2, 12), "most digits of an operand", domain="maths")
+FAMILY = Family("addition", make, (2, 12), "most digits of an operand")

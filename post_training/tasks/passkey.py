@@ -62,6 +62,4 @@ def make(rng: random.Random, size: int) -> Problem:
     return build(rng, before, total - before)
 
 
-FAMILY = Family(
-    "passkey", make, (0, 1_000_000), "most characters of filler", reasoned=False, domain="context"
-)
+FAMILY = Family("passkey", make, (0, 1_000_000), "most characters of filler")

@@ -43,17 +43,12 @@ def boxed(answer: str) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of problem. `make(rng, size)` draws one; `size` has the family's own meaning, documented there.
-
-    `reasoned` tells whether a worked solution helps: families without one are answered at once.
-    """
+    """A kind of problem. `make(rng, size)` draws one; `size` means what `size_help` says."""
 
     name: str
     make: Callable[[random.Random, int], Problem]
     sizes: tuple[int, int]
     size_help: str
-    reasoned: bool = True
-    domain: str = "maths"
 
 
 def is_held_out(problem: Problem, share: float, salt: str = "split") -> bool:

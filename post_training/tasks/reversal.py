@@ -14,4 +14,4 @@ def make(rng: random.Random, size: int) -> Problem:
     return Problem("reversal", f"Reverse {digits}.", thought, digits[::-1])
 
 
-FAMILY = Family("reversal", make, (2, 24), "most digits of the string", domain="order")
+FAMILY = Family("reversal", make, (2, 24), "most digits of the string")

@@ -15,4 +15,4 @@ def make(rng: random.Random, size: int) -> Problem:
     return Problem("sorting", f"Sort {digits}.", thought, "".join(ordered))
 
 
-FAMILY = Family("sorting", make, (2, 24), "most digits of the string", domain="order")
+FAMILY = Family("sorting", make, (2, 24), "most digits of the string")

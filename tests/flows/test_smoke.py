@@ -50,9 +50,9 @@ def home(ran: tuple[Path, float]) -> Path:
 
 
 def test_it_takes_a_minute_and_a_half_on_two_cores_at_most(ran: tuple[Path, float]) -> None:
-    # In CPU seconds, which other work on the machine stretches less than the clock: two idle cores have 180
-    # in that time, and are never both busy all through.
-    assert ran[1] <= 150
+    # In CPU seconds, which other work on the machine stretches less than the clock. A run that had the two
+    # cores busy only one at a time would still end within a minute and a half.
+    assert ran[1] <= 90
 
 
 def test_every_stage_has_run_and_recorded_the_figures_that_it_names(home: Path) -> None:

@@ -100,3 +100,35 @@ def test_other_precisions_stay_near_and_train_empty_experts_too(precision, toler
     assert rounded.experts.gate_up_proj.grad.dtype == torch.float32
     assert torch.isfinite(rounded.experts.gate_up_proj.grad).all()
     assert not rounded.experts.down_proj.grad[6:].any()
+
+
+def test_several_threads_give_the_same_gradients_every_time():
+    """The rows of a token's experts are added going back: in one order, whichever thread is first."""
+    moe = tiny(num_experts_per_tok=6, topk_group=4).layers[1].mlp.train()
+    x = torch.randn(64, 32, TINY.hidden_size, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (2, 2, 2, 4, 4, 4):
+            torch.set_num_threads(threads)
+            leaf = x.clone().requires_grad_()
+            moe(leaf)[0].square().sum().backward()
+            found.append(leaf.grad)
+    finally:
+        torch.set_num_threads(before)
+    for first, *others in (found[:3], found[3:]):
+        assert all(torch.equal(grad, first) for grad in others)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_other_precisions_pass_over_idle_experts(precision):
+    """Their weights get a gradient of zeros, and nothing is quantised for them."""
+    moe = tiny(precision=precision).layers[1].mlp
+    x = torch.randn(1, 2, TINY.hidden_size, generator=torch.Generator().manual_seed(0))
+    out, routing = moe(x)
+    out.sum().backward()
+    idle = routing.load_E == 0
+    assert idle.any()
+    assert not moe.experts.gate_up_proj.grad[idle].any()
+    assert all(moe.experts.gate_up_proj.grad[~idle].flatten(1).any(1))
+    empty = moe.experts(x.new_zeros(0, TINY.hidden_size), [0] * TINY.n_routed_experts)
+    assert empty.shape == (0, TINY.hidden_size)

@@ -58,8 +58,15 @@ def test_unknown_family_names_the_nearest() -> None:
         draw(Wanted("sortin", 1, 0, 4), 0.1, 0)
 
 
+def test_a_share_that_leaves_one_side_empty_is_named() -> None:
+    with pytest.raises(HeadwaterError, match=r"0 of 50 held-out problems found\. A held_out_share of 0 "):
+        draw(Wanted("addition", 10, 50, 6), 0.0, 0)
+
+
 def test_more_problems_than_there_are() -> None:
-    with pytest.raises(HeadwaterError, match=r"sorting: size 2 has too few different problems for 95 \+ 0"):
+    with pytest.raises(
+        HeadwaterError, match=r"sorting: 94 of 95 and 0 of 0 .*Size 2 has too few different ones"
+    ):
         draw(Wanted("sorting", 95, 0, 2), 0.1, 0)
 
 

@@ -43,9 +43,7 @@ def test_tasks(chain_ready: Chain) -> None:
     )
     known = "|".join(map(re.escape, sorted(FAMILIES)))
     refuses(chain_ready, "tasks", rf"'sortin'; .*({known})", families={"sortin": {"train": 1}})
-    refuses(
-        chain_ready, "tasks", "too few different problems", families={"sorting": {"train": 200, "size": 2}}
-    )
+    refuses(chain_ready, "tasks", "too few different ones", families={"sorting": {"train": 200, "size": 2}})
 
 
 def test_pretrain_needs_the_vocabulary_of_its_shards(chain_ready: Chain) -> None:

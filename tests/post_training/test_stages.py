@@ -68,7 +68,7 @@ def test_pretrain(chain: Chain) -> None:
     assert log[-1]["tokens"] == 13 * 8 * ROW
     assert log[-1]["loss"] < log[0]["loss"] - 0.5
     # Measured on the way at every seventh step and at the end, where all rows say what the record says.
-    assert [line["step"] for line in log if "held_out_loss" in line] == [7, 13]
+    assert [line["step"] for line in log if "watched_loss" in line] == [7, 13]
 
 
 def test_extend(chain: Chain) -> None:
@@ -145,7 +145,7 @@ def test_sft(chain: Chain) -> None:
     assert artifact.metrics["left_out"] == 0
     assert artifact.metrics["steps"] == len(log)
     assert artifact.metrics["tokens"] == len(log) * 4 * ROW == log[-1]["tokens"]
-    assert artifact.metrics["forward_passes"] == 3 * artifact.metrics["tokens"]
+    assert artifact.metrics["token_passes"] == 3 * artifact.metrics["tokens"]
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
     # It descends from the extended base.
     assert load_model(artifact.path).config.rope_factor == 3
@@ -168,7 +168,7 @@ def test_grpo(chain: Chain) -> None:
     assert artifact.metrics["rl_steps"] == 6
     assert artifact.metrics["sequence_tokens"] == log[-1]["tokens"]
     # Rollout, reference and old policy, two updates of three each, and the reward model.
-    assert artifact.metrics["forward_passes"] == 10 * log[-1]["tokens"]
+    assert artifact.metrics["token_passes"] == 10 * log[-1]["tokens"]
     # The reward holds the rules and a tenth of the reward model's score in (0, 1).
     for line in log:
         rules = line["correct"] + 0.1 * line["well_formed"]
@@ -186,7 +186,7 @@ def test_evaluate(chain: Chain) -> None:
         assert artifact.metrics[f"pass_at_1{suffix}"] == overall["passed"]
         assert artifact.metrics[f"format{suffix}"] == overall["well_formed"]
     shown = artifact.json("samples.json")
-    assert [sample["system"] for sample in shown] == ["", "", SYSTEM, SYSTEM]
+    assert [sample["system"] for sample in shown] == ["", SYSTEM] * 2
     held = {p.prompt: p for p in problem_sets.read(chain["prompts"].file("heldout.parquet"))}
     for sample in shown:
         assert held[sample["prompt"]].answer == sample["expected"]

@@ -66,6 +66,18 @@ def test_source_that_does_not_parse_is_all_code():
     assert split_docstrings("def f(:\n", "m") == ("def f(:\n", "")
 
 
+def test_a_lone_carriage_return_ends_a_line_as_the_parser_says():
+    code, prose = split_docstrings('x = 1\r"not one"\rdef f():\r    """Words."""\r    return 1\r', "m")
+    assert code == 'x = 1\n"not one"\ndef f():\n    return 1\n'
+    assert prose == "m.f()\n\nWords.\n"
+    assert split_docstrings('"""A\rB\rC\rD"""', "m")[1] == "m\n\nA\nB\nC\nD\n"
+
+
+def test_source_nested_too_deep_to_walk_is_all_code():
+    text = "x = " + "+".join(["1"] * 3000) + "\n"
+    assert split_docstrings(text, "m") == (text, "")
+
+
 def test_stdlib_of_this_interpreter_has_code_and_prose():
     source = StdlibSource()
     candidates = {one.name: one for one in source.candidates()}

@@ -79,8 +79,20 @@ class Text:
     rejection: Rejection | None = field(default=None)
 
 
+def printable(text: str) -> str:
+    """The text as valid Unicode: odd bytes of a file name as \\xNN, halves of surrogate pairs as \\uNNNN.
+
+    Names and fields of records are stored and hashed, which takes Unicode that can be encoded.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a half that stands for no byte
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def candidate(name: str, file: Path, records: bool = False) -> Candidate:
     """Look at a file's size without reading it."""
+    name = printable(name)
     try:
         state = os.stat(file)
     except OSError as error:

@@ -19,6 +19,7 @@ from data.sources.base import (
     Rejection,
     check_text,
     open_bytes,
+    printable,
     too_large,
     unreadable,
 )
@@ -76,13 +77,13 @@ def from_record(source: str, name: str, record: dict, reading: Reading) -> Docum
     if size > reading.max_document_bytes:
         return Rejection(name, too_large(reading.max_document_bytes))
     licence = record.get(reading.licence_field) if reading.licence_field else None
-    licence = licence if isinstance(licence, str) and licence else reading.licence
+    licence = printable(licence) if isinstance(licence, str) and licence else reading.licence
     return check_text(name, text) or make_document(source, name, licence, text)
 
 
 def no_text(name: str, fields: Sequence[object], reading: Reading) -> Rejection:
     """The rejection of a record or file without one field of text, with the fields that it has."""
-    listed = ", ".join(sorted(str(key) for key in fields)[:8])
+    listed = ", ".join(sorted(printable(str(key)) for key in fields)[:8])
     return Rejection(name, f"no text in field {reading.text_field!r} (set text_field; it has: {listed})")
 
 

@@ -76,14 +76,9 @@ class GitSource:
 
 
 def _candidates(folder: Path, files: list[Path]) -> list[Candidate]:
-    chosen = sorted(file for file in files if format_of(file))
-    # A name that is not UTF-8 is written with its odd bytes as \\xNN, so that it can be stored.
-    stable = [
-        os.fsencode(file.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
-        for file in chosen
-    ]
     root = folder.resolve().name
-    return [as_candidate(f"{root}/{name}", file) for name, file in zip(stable, chosen, strict=True)]
+    chosen = sorted(file for file in files if format_of(file))
+    return [as_candidate(f"{root}/{file.relative_to(folder).as_posix()}", file) for file in chosen]
 
 
 def _refuse(error: OSError) -> None:

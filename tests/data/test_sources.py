@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.documents import Document, kind_of
+from data.documents import Document, DocumentWriter, kind_of, write_rejected
 from data.sources.arrow import DatasetsSource
 from data.sources.base import Reading, Rejection
 from data.sources.resolve import resolve
@@ -74,7 +74,7 @@ def test_a_lone_carriage_return_ends_a_line_as_the_parser_says():
 
 
 def test_source_nested_too_deep_to_walk_is_all_code():
-    text = "x = " + "+".join(["1"] * 3000) + "\n"
+    text = "x = " + "+".join(["1"] * 2000) + "\n"
     assert split_docstrings(text, "m") == (text, "")
 
 
@@ -308,6 +308,33 @@ def test_unreadable_files_are_seen_before_reading(tmp_path: Path):
         "big.txt": "larger than max_document_bytes (20)",
     }
     assert all(r.quarantined for r in rejections)
+
+
+def test_names_that_are_not_utf8_are_escaped_in_every_source(tmp_path: Path):
+    root = tmp_path / "in"
+    root.mkdir()
+    odd = root / os.fsdecode(b"na\xefve.txt")
+    odd.write_text("x", "utf-8")
+    for source, name in (
+        (TreeSource(root), "in/na\\xefve.txt"),
+        (SysdocsSource(root), "doc/na\\xefve.txt"),
+        (FileSource(odd), "na\\xefve.txt"),
+    ):
+        (document,) = read_all(source)[0]
+        assert document.path == name
+    odd.rename(root / os.fsdecode(b"na\xefve.py"))
+    assert [one.name for one in StdlibSource(root).candidates()] == ["python/na\\xefve.py"]
+
+
+def test_half_a_surrogate_beside_the_text_is_escaped(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "by": "\\ud800"}\n{"n\\udcff\\udfff": 1}\n', "utf-8")
+    (document,), (rejection,) = read_all(FileSource(path), Reading(licence_field="by"))
+    assert document.licence == "\\ud800"
+    assert rejection.reason.endswith("it has: n\\udcff\\udfff)")
+    with DocumentWriter(tmp_path / "out") as writer:
+        writer.add(document)
+    write_rejected(tmp_path / "rejected.parquet", [("", "file", rejection.path, rejection.reason)])
 
 
 def test_resolve_words(tmp_path: Path):

@@ -1,88 +1,15 @@
-"""Choosing what to read under a cap, and reading it with every file accounted for."""
+"""Reading the chosen files, every document accounted for."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from data.choose import SKIPPED_ROW, Choice, Chosen, digest
 from data.documents import Document, DocumentWriter
-from data.hashing import hash64, unit
-from data.sources.base import Candidate, Reading, Rejection, Source
+from data.sources.base import Reading, Rejection
 from data.sources.records import OVER_CAP
 from infra.errors import HeadwaterError
-from infra.files import sha256_file
-
-UNREADABLE_DIGEST = "unreadable"
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A file to read, and the share of its records to take."""
-
-    source: Source
-    candidate: Candidate
-    share: float
-
-    @property
-    def name(self) -> str:
-        """Name in the manifest, the same on every machine that has the same files."""
-        return f"{self.source.name}:{self.candidate.name}"
-
-
-def choose(sources: Sequence[Source], max_bytes: int, max_document_bytes: int) -> list[Chosen]:
-    """The files to read, at most about `max_bytes` of text (0 = all), in an order that is an even sample.
-
-    The cap is shared out equally; what one source cannot fill goes to the others. Within a source, files are
-    taken in the order of the hash of their name, and of files that hold many records the same share of each.
-    """
-    listed = [_distinct(source, place, sources) for place, source in enumerate(sources)]
-    weigh = [
-        [0 if c.bytes > max_document_bytes and not c.records else c.bytes for c in few] for few in listed
-    ]
-    totals = [sum(weights) for weights in weigh]
-    allotments = _share_out(totals, max_bytes) if max_bytes else [float(total) for total in totals]
-    chosen: list[Chosen] = []
-    for source, found, weights, total, allotment in zip(
-        sources, listed, weigh, totals, allotments, strict=True
-    ):
-        share = min(1.0, allotment / total) if total else 1.0
-        left = share * sum(weight for one, weight in zip(found, weights, strict=True) if not one.records)
-        for one, weight in sorted(
-            zip(found, weights, strict=True), key=lambda pair: (hash64("file", pair[0].name), pair[0].name)
-        ):
-            if one.records:
-                chosen.append(Chosen(source, one, share))
-            elif share == 1.0 or (weight <= left if weight else unit("oversized", one.name) < share):
-                left -= weight
-                chosen.append(Chosen(source, one, 1.0))
-    return chosen
-
-
-def _distinct(source: Source, place: int, sources: Sequence[Source]) -> list[Candidate]:
-    """The candidates of a source, renamed if an earlier source of the same kind may use the same names."""
-    twins = sum(other.name == source.name for other in sources[:place])
-    found = source.candidates()
-    return [replace(one, name=f"{twins + 1}/{one.name}") for one in found] if twins else found
-
-
-def _share_out(totals: Sequence[int], cap: int) -> list[float]:
-    allotments = [0.0] * len(totals)
-    left = float(cap)
-    order = sorted(range(len(totals)), key=lambda place: (totals[place], place))
-    for rank, place in enumerate(order):
-        allotments[place] = min(float(totals[place]), left / (len(order) - rank))
-        left -= allotments[place]
-    return allotments
-
-
-def digest(one: Chosen) -> tuple[int, str]:
-    """Size and SHA-256 of a chosen file, in constant memory; (0, "unreadable") if it cannot be read."""
-    if one.candidate.problem:
-        return 0, UNREADABLE_DIGEST
-    try:
-        return one.candidate.file.stat().st_size, sha256_file(one.candidate.file)
-    except OSError:
-        return 0, UNREADABLE_DIGEST
 
 
 @dataclass
@@ -99,6 +26,8 @@ class Account:
     bytes_by_source: Counter[str] = field(default_factory=Counter)
     rejected: list[tuple[str, str, str, str]] = field(default_factory=list)  # (id, source, path, reason)
     quarantined_first: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)  # files and folders not read, by reason
+    skipped_first: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """read = kept + dropped + quarantined, or a bug lost a document."""
@@ -115,35 +44,39 @@ class Account:
             "kept": self.kept,
             "dropped": self.dropped.total(),
             "quarantined": self.quarantined.total(),
+            "skipped_by_name": self.skipped.total(),
             "bytes": self.kept_bytes,
             "dropped_by_reason": dict(self.dropped),
             "quarantined_by_reason": dict(self.quarantined),
+            "skipped_by_reason": dict(self.skipped),
             "documents_by_source": dict(self.by_source),
             "bytes_by_source": dict(self.bytes_by_source),
         }
 
 
 def ingest(
-    chosen: Sequence[Chosen],
+    choice: Choice,
     reading: Reading,
     max_bytes: int,
     writer: DocumentWriter,
     digests: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Account:
-    """Read the chosen files into the writer.
+    """Read what was chosen into the writer.
 
     `digests` is the manifest of the scan, by name: a file that changed since then raises HeadwaterError, as
     the result would not be what its fingerprint says.
     """
-    account = Account()
-    for place, one in enumerate(chosen):
+    account = Account(skipped=choice.skipped, skipped_first=choice.skipped_first)
+    if digests is not None and digests.get(SKIPPED_ROW, "") != choice.skipped_digest():
+        raise HeadwaterError("files came or went in sources while they were being read; run the stage again")
+    for place, one in enumerate(choice.files):
         if digests is not None and digests.get(one.name) != digest(one)[1]:
             raise HeadwaterError(f"{one.candidate.file} changed while it was being read; run the stage again")
         for found in one.source.read(one.candidate, replace(reading, share=one.share)):
             account.read += 1
             _settle(account, one, found, max_bytes, writer)
-        progress(place + 1, len(chosen))
+        progress(place + 1, len(choice.files))
     account.check()
     return account
 
@@ -192,7 +125,11 @@ def check_budget(account: Account, error_budget: float) -> None:
         )
     if not account.kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in account.dropped.most_common())
+        skipped = account.skipped.total()
+        passed = f" {skipped} files or folders were skipped by name, first: " if skipped else ""
+        passed += ", ".join(account.skipped_first)
+        passed += ": give text a suffix such as .txt, or name a file itself in sources." if skipped else ""
         raise HeadwaterError(
             f"no documents: the sources hold nothing that can be used ({account.read} met"
-            f"{': ' + reasons if reasons else ''}). Check sources and text_field"
+            f"{': ' + reasons if reasons else ''}).{passed} Check sources and text_field"
         )

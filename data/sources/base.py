@@ -35,6 +35,7 @@ class Candidate:
     bytes: int  # bytes of text, unpacked, as far as the file's size tells
     records: bool = False  # holds many documents, of which a share can be taken
     problem: str = ""  # why it can already be seen to be unreadable
+    skipped: str = ""  # why its name says that it is not to be read
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Source(Protocol):
     name: str
 
     def candidates(self) -> list[Candidate]:
-        """Every file that could be read; HeadwaterError when the place itself is wrong."""
+        """Every file, those that are not to be read marked so; HeadwaterError when the place is wrong."""
         ...
 
     def read(self, candidate: Candidate, reading: Reading) -> Iterator[Document | Rejection]:
@@ -88,6 +89,16 @@ def printable(text: str) -> str:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # a half that stands for no byte
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def skip(name: str, file: Path, reason: str) -> Candidate:
+    """A file or folder that is not to be read, to be counted under the reason."""
+    return Candidate(printable(name), file, 0, skipped=reason)
+
+
+def closed_folder(name: str, error: OSError) -> Candidate:
+    """A folder whose files cannot be listed: one thing that cannot be read, as far as can be seen."""
+    return Candidate(printable(f"{name}/"), Path(error.filename), 0, problem=unreadable(error))
 
 
 def candidate(name: str, file: Path, records: bool = False) -> Candidate:

@@ -34,24 +34,25 @@ class IngestConfig(StageConfig):
 
 def scan(config: IngestConfig) -> list[SourceFile]:
     """The files that will be read, with the hash of their content."""
-    from data.ingest import choose, digest
+    from data.choose import choose
     from data.sources.resolve import resolve
 
     sources = resolve(config.sources, config.split, config.subset)
-    chosen = choose(sources, config.max_bytes, config.max_document_bytes)
-    return [SourceFile(one.name, *digest(one)) for one in chosen]
+    choice = choose(sources, config.max_bytes, config.max_document_bytes)
+    return [SourceFile(*row) for row in choice.manifest()]
 
 
 def run(config: IngestConfig, context: StageContext) -> None:
     import time
 
+    from data.choose import choose
     from data.documents import DocumentWriter, write_rejected
-    from data.ingest import check_budget, choose, ingest
+    from data.ingest import check_budget, ingest
     from data.sources.base import Reading
     from data.sources.resolve import resolve
 
     sources = resolve(config.sources, config.split, config.subset)
-    chosen = choose(sources, config.max_bytes, config.max_document_bytes)
+    choice = choose(sources, config.max_bytes, config.max_document_bytes)
     scanned = {one.path: one.sha256 for one in context.sources} if context.sources else None
     reading = Reading(
         text_field=config.text_field,
@@ -61,17 +62,20 @@ def run(config: IngestConfig, context: StageContext) -> None:
     )
     begun = time.perf_counter()
     with DocumentWriter(context.out / "documents") as writer:
-        account = ingest(chosen, reading, config.max_bytes, writer, scanned, context.progress)
+        account = ingest(choice, reading, config.max_bytes, writer, scanned, context.progress)
     context.timing("megabytes_per_second", account.kept_bytes / 1e6 / (time.perf_counter() - begun))
     for path in account.quarantined_first:
         context.log(f"quarantined: {path}", level="warning")
+    if account.skipped:
+        first = ", ".join(account.skipped_first)
+        context.log(f"{account.skipped.total()} files or folders skipped by name, first: {first}")
     check_budget(account, config.error_budget)
     write_rejected(context.out / "rejected.parquet", account.rejected)
     context.write_json("stats.json", account.summary())
     context.metric("documents", account.kept)
     context.metric("bytes", account.kept_bytes)
     context.metric("quarantined", account.quarantined.total())
-    context.log(f"{account.kept} documents, {account.kept_bytes:,} bytes, of {len(chosen)} files")
+    context.log(f"{account.kept} documents, {account.kept_bytes:,} bytes, of {len(choice.files)} files")
 
 
 STAGE = Stage(

@@ -41,7 +41,8 @@ if os:
 
 
 def read_all(source, reading: Reading | None = None) -> tuple[list[Document], list[Rejection]]:
-    found = [item for one in source.candidates() for item in source.read(one, reading or Reading())]
+    candidates = [one for one in source.candidates() if not one.skipped]
+    found = [item for one in candidates for item in source.read(one, reading or Reading())]
     return (
         [item for item in found if isinstance(item, Document)],
         [item for item in found if isinstance(item, Rejection)],

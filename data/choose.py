@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from data.hashing import hash64, unit
-from data.sources.base import Candidate, Source
+from data.sources.base import Candidate, Reading, Source
+from data.sources.survey import Survey, survey, unpacked_bytes
 from infra.config import canonical_json
 from infra.files import sha256_bytes, sha256_file
 
@@ -20,11 +21,17 @@ class Chosen:
     source: Source
     candidate: Candidate
     share: float
+    surveyed: Survey | None = None
+    seen_whole: bool = False  # not taken as a sample: its fault shows before it is read
 
     @property
     def name(self) -> str:
-        """Name in the manifest, the same on every machine that has the same files."""
-        return f"{self.source.name}:{self.candidate.name}"
+        """Name in the manifest, the same on every machine that has the same files.
+
+        The share of the records is part of it: it depends on the size of files that are not chosen, too.
+        """
+        share = f" (share {self.share!r})" if self.share < 1 else ""
+        return f"{self.source.name}:{self.candidate.name}{share}"
 
 
 @dataclass
@@ -32,6 +39,7 @@ class Choice:
     """What to read, in order, and what the names of files and folders say not to read."""
 
     files: list[Chosen] = field(default_factory=list)
+    left_out: int = 0  # files of one document beyond the cap
     skipped: Counter[str] = field(default_factory=Counter)  # by reason
     skipped_first: list[str] = field(default_factory=list)
 
@@ -50,32 +58,35 @@ class Choice:
         return sha256_bytes(canonical_json(dict(self.skipped))) if self.skipped else ""
 
 
-def choose(sources: Sequence[Source], max_bytes: int, max_document_bytes: int) -> Choice:
+def choose(sources: Sequence[Source], max_bytes: int, reading: Reading) -> Choice:
     """The files to read, at most about `max_bytes` of text (0 = all), in an order that is an even sample.
 
     The cap is shared out equally; what one source cannot fill goes to the others. Within a source, files are
     taken in the order of the hash of their name, and of files that hold many records the same share of each.
+    What is seen to be unreadable or too large weighs nothing and is always there, to be counted.
     """
     choice = Choice()
-    listed = [_listed(source, place, sources, choice) for place, source in enumerate(sources)]
-    weigh = [
-        [0 if c.bytes > max_document_bytes and not c.records else c.bytes for c in few] for few in listed
+    listed = [
+        [_weighed(one, max_bytes, reading) for one in _listed(source, place, sources, choice)]
+        for place, source in enumerate(sources)
     ]
-    totals = [sum(weights) for weights in weigh]
+    totals = [sum(one.weight for one in found) for found in listed]
     allotments = _share_out(totals, max_bytes) if max_bytes else [float(total) for total in totals]
-    for source, found, weights, total, allotment in zip(
-        sources, listed, weigh, totals, allotments, strict=True
-    ):
+    for source, found, total, allotment in zip(sources, listed, totals, allotments, strict=True):
         share = min(1.0, allotment / total) if total else 1.0
-        left = share * sum(weight for one, weight in zip(found, weights, strict=True) if not one.records)
-        for one, weight in sorted(
-            zip(found, weights, strict=True), key=lambda pair: (hash64("file", pair[0].name), pair[0].name)
-        ):
-            if one.records:
-                choice.files.append(Chosen(source, one, share))
-            elif share == 1.0 or (weight <= left if weight else unit("oversized", one.name) < share):
-                left -= weight
-                choice.files.append(Chosen(source, one, 1.0))
+        left = share * sum(one.weight for one in found if not one.file.records)
+        for one in sorted(found, key=lambda one: (hash64("file", one.file.name), one.file.name)):
+            if one.file.records:
+                choice.files.append(Chosen(source, one.file, share, one.surveyed))
+            elif one.file.problem or one.file.bytes > reading.max_document_bytes:
+                choice.files.append(Chosen(source, one.file, 1.0, seen_whole=True))
+            elif share == 1.0 or (
+                one.weight <= left if one.weight else unit("oversized", one.file.name) < share
+            ):
+                left -= one.weight
+                choice.files.append(Chosen(source, one.file, 1.0))
+            else:
+                choice.left_out += 1
     return choice
 
 
@@ -94,6 +105,24 @@ def _listed(source: Source, place: int, sources: Sequence[Source], choice: Choic
         if len(choice.skipped_first) < 5:
             choice.skipped_first.append(f"{one.name} ({one.skipped})")
     return [replace(one, name=f"{twins + 1}/{one.name}") for one in found] if twins else found
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    file: Candidate
+    weight: int  # bytes of text that it can give, unpacked
+    surveyed: Survey | None = None
+
+
+def _weighed(file: Candidate, max_bytes: int, reading: Reading) -> _Weighed:
+    limit = reading.max_document_bytes
+    if file.records and max_bytes:  # without a cap nothing has to be weighed before it is read
+        surveyed = survey(file, reading)
+        return _Weighed(file, surveyed.bytes, surveyed)
+    size = file.bytes
+    if file.file.suffix == ".zst" and not file.records and not file.problem and max_bytes:
+        size = unpacked_bytes(file, limit)
+    return _Weighed(file, size if file.records or size <= limit else 0)
 
 
 def _share_out(totals: Sequence[int], cap: int) -> list[float]:

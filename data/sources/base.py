@@ -34,6 +34,7 @@ class Candidate:
     file: Path
     bytes: int  # bytes of text, unpacked, as far as the file's size tells
     records: bool = False  # holds many documents, of which a share can be taken
+    packed: int = 0  # bytes of the file as it is
     problem: str = ""  # why it can already be seen to be unreadable
     skipped: str = ""  # why its name says that it is not to be read
 
@@ -45,6 +46,8 @@ class Rejection:
     path: str
     reason: str
     quarantined: bool = True  # False: read well and left out on purpose
+    count: int = 1  # how many documents it stands for
+    of_all: bool = False  # found by looking at all documents, not only at the share that a cap takes
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,10 @@ def candidate(name: str, file: Path, records: bool = False) -> Candidate:
         return Candidate(name, file, 0, problem=f"unreadable: {error.strerror}")
     if not stat.S_ISREG(state.st_mode):
         return Candidate(name, file, 0, problem="unreadable: not a regular file")
-    size = state.st_size
+    packed = size = state.st_size
     if file.suffix == ".gz" and size >= 4:
         size = max(size, _unpacked_size(file))
-    return Candidate(name, file, size, records)
+    return Candidate(name, file, size, records, packed)
 
 
 def _unpacked_size(file: Path) -> int:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from infra.config import StageConfig
 from infra.stage import SourceFile, Stage, StageContext
+
+if TYPE_CHECKING:
+    from data.sources.base import Reading
 
 
 class IngestConfig(StageConfig):
@@ -32,13 +37,24 @@ class IngestConfig(StageConfig):
     subset: str = Field("", description="Subset (configuration) of a data set")
 
 
+def _reading(config: IngestConfig) -> Reading:
+    from data.sources.base import Reading
+
+    return Reading(
+        text_field=config.text_field,
+        licence_field=config.licence_field,
+        licence=config.licence,
+        max_document_bytes=config.max_document_bytes,
+    )
+
+
 def scan(config: IngestConfig) -> list[SourceFile]:
     """The files that will be read, with the hash of their content."""
     from data.choose import choose
     from data.sources.resolve import resolve
 
     sources = resolve(config.sources, config.split, config.subset)
-    choice = choose(sources, config.max_bytes, config.max_document_bytes)
+    choice = choose(sources, config.max_bytes, _reading(config))
     return [SourceFile(*row) for row in choice.manifest()]
 
 
@@ -48,18 +64,12 @@ def run(config: IngestConfig, context: StageContext) -> None:
     from data.choose import choose
     from data.documents import DocumentWriter, write_rejected
     from data.ingest import check_budget, ingest
-    from data.sources.base import Reading
     from data.sources.resolve import resolve
 
     sources = resolve(config.sources, config.split, config.subset)
-    choice = choose(sources, config.max_bytes, config.max_document_bytes)
+    reading = _reading(config)
+    choice = choose(sources, config.max_bytes, reading)
     scanned = {one.path: one.sha256 for one in context.sources} if context.sources else None
-    reading = Reading(
-        text_field=config.text_field,
-        licence_field=config.licence_field,
-        licence=config.licence,
-        max_document_bytes=config.max_document_bytes,
-    )
     begun = time.perf_counter()
     with DocumentWriter(context.out / "documents") as writer:
         account = ingest(choice, reading, config.max_bytes, writer, scanned, context.progress)
@@ -80,7 +90,7 @@ def run(config: IngestConfig, context: StageContext) -> None:
 
 STAGE = Stage(
     name="ingest",
-    version=1,
+    version=2,
     config=IngestConfig,
     run=run,
     scan=scan,

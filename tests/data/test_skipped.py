@@ -12,6 +12,8 @@ from data.sources.sysdocs import SysdocsSource
 from data.sources.tree import GitSource, TreeSource
 from infra.errors import HeadwaterError
 
+READING = Reading(max_document_bytes=10**6)
+
 
 def write(root: Path, *names: str) -> Path:
     for name in names:
@@ -21,7 +23,7 @@ def write(root: Path, *names: str) -> Path:
 
 
 def take(source, tmp_path: Path) -> Account:
-    choice = choose([source], 0, 10**6)
+    choice = choose([source], 0, READING)
     manifest = {name: sha256 for name, _, sha256 in choice.manifest()}
     with DocumentWriter(tmp_path / "documents") as writer:
         return ingest(choice, Reading(), 0, writer, manifest)
@@ -82,16 +84,16 @@ def test_a_corpus_without_suffixes_says_what_was_skipped(tmp_path: Path):
 
 def test_what_is_skipped_is_part_of_the_scan(tmp_path: Path):
     root = write(tmp_path / "in", "a.md", "b.png")
-    choice = choose([TreeSource(root)], 0, 10**6)
+    choice = choose([TreeSource(root)], 0, READING)
     before = choice.manifest()
     (root / "b.png").rename(root / "c.png")
-    assert choose([TreeSource(root)], 0, 10**6).manifest() == before  # counted, not named
+    assert choose([TreeSource(root)], 0, READING).manifest() == before  # counted, not named
     write(root, "d.png")
-    assert choose([TreeSource(root)], 0, 10**6).manifest() != before
+    assert choose([TreeSource(root)], 0, READING).manifest() != before
     digests = {name: sha256 for name, _, sha256 in before}
     with DocumentWriter(tmp_path / "out") as writer:
         with pytest.raises(HeadwaterError, match="came or went"):
-            ingest(choose([TreeSource(root)], 0, 10**6), Reading(), 0, writer, digests)
+            ingest(choose([TreeSource(root)], 0, READING), Reading(), 0, writer, digests)
 
 
 @pytest.mark.parametrize("kind", [TreeSource, SysdocsSource])

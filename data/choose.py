@@ -61,21 +61,24 @@ class Choice:
 def choose(sources: Sequence[Source], max_bytes: int, reading: Reading) -> Choice:
     """The files to read, at most about `max_bytes` of text (0 = all), in an order that is an even sample.
 
-    The cap is shared out equally; what one source cannot fill goes to the others. Within a source, files are
-    taken in the order of the hash of their name, and of files that hold many records the same share of each.
-    What is seen to be unreadable or too large weighs nothing and is always there, to be counted.
+    Sources are taken in the order of their names, so that the manifest alone decides the result. The cap is
+    shared out equally; what one source cannot fill goes to the others. Within a source, files are taken in
+    the order of the hash of their name, and of files that hold many records the same share of each. What is
+    seen to be unreadable or too large weighs nothing and is always there, to be counted.
     """
     choice = Choice()
+    found = [(source, source.candidates()) for source in sources]
+    found.sort(key=lambda pair: (pair[0].name, sorted(one.name for one in pair[1])))
     listed = [
-        [_weighed(one, max_bytes, reading) for one in _listed(source, place, sources, choice)]
-        for place, source in enumerate(sources)
+        [_weighed(one, max_bytes, reading) for one in _to_read(place, found, choice)]
+        for place in range(len(found))
     ]
-    totals = [sum(one.weight for one in found) for found in listed]
+    totals = [sum(one.weight for one in few) for few in listed]
     allotments = _share_out(totals, max_bytes) if max_bytes else [float(total) for total in totals]
-    for source, found, total, allotment in zip(sources, listed, totals, allotments, strict=True):
+    for (source, _), few, total, allotment in zip(found, listed, totals, allotments, strict=True):
         share = min(1.0, allotment / total) if total else 1.0
-        left = share * sum(one.weight for one in found if not one.file.records)
-        for one in sorted(found, key=lambda one: (hash64("file", one.file.name), one.file.name)):
+        left = share * sum(one.weight for one in few if not one.file.records)
+        for one in sorted(few, key=lambda one: (hash64("file", one.file.name), one.file.name)):
             if one.file.records:
                 choice.files.append(Chosen(source, one.file, share, one.surveyed))
             elif one.file.problem or one.file.bytes > reading.max_document_bytes:
@@ -90,21 +93,22 @@ def choose(sources: Sequence[Source], max_bytes: int, reading: Reading) -> Choic
     return choice
 
 
-def _listed(source: Source, place: int, sources: Sequence[Source], choice: Choice) -> list[Candidate]:
+def _to_read(place: int, found: list[tuple[Source, list[Candidate]]], choice: Choice) -> list[Candidate]:
     """What can be read of a source, renamed if an earlier source of the same kind may use the same names.
 
     What is to be skipped goes into the choice.
     """
-    twins = sum(other.name == source.name for other in sources[:place])
-    found = []
-    for one in source.candidates():
+    source, candidates = found[place]
+    twins = sum(other.name == source.name for other, _ in found[:place])
+    kept = []
+    for one in candidates:
         if not one.skipped:
-            found.append(one)
+            kept.append(one)
             continue
         choice.skipped[one.skipped] += 1
         if len(choice.skipped_first) < 5:
             choice.skipped_first.append(f"{one.name} ({one.skipped})")
-    return [replace(one, name=f"{twins + 1}/{one.name}") for one in found] if twins else found
+    return [replace(one, name=f"{twins + 1}/{one.name}") for one in kept] if twins else kept
 
 
 @dataclass(frozen=True)

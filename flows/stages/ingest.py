@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from infra.config import StageConfig
+from infra.config import StageConfig, placement
 from infra.stage import SourceFile, Stage, StageContext
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class IngestConfig(StageConfig):
     """Where the text comes from, and how much of it."""
 
-    sources: str = Field(
+    # Where files lie is no part of what they say: the scan puts their names and content into the fingerprint.
+    sources: str = placement(
         "builtin",
         description="Comma-separated: builtin (stdlib,sysdocs), stdlib, sysdocs, datasets:<name or folder>, "
         "a folder, a git checkout, a file",
@@ -35,6 +36,14 @@ class IngestConfig(StageConfig):
     licence: str = Field("unknown", description="Licence of documents whose source names none")
     split: str = Field("train", description="Split of a data set")
     subset: str = Field("", description="Subset (configuration) of a data set")
+
+    @field_validator("sources")
+    @classmethod
+    def _from_any_folder(cls, words: str) -> str:
+        """Record where the sources are, not how they are called from the folder of the moment."""
+        from data.sources.words import absolute
+
+        return absolute(words)
 
 
 def _reading(config: IngestConfig) -> Reading:

@@ -344,7 +344,9 @@ def test_resolve_words(tmp_path: Path):
     assert isinstance(resolve(str(odd))[0], FileSource)
     assert [s.name for s in resolve(f"builtin,{tmp_path}")] == ["stdlib", "sysdocs", "folder"]
     assert [s.name for s in resolve("sysdocs , datasets:a/b")] == ["sysdocs", "datasets"]
-    with pytest.raises(ConfigError, match="there is no 'nothing/here'; give builtin"):
+    with pytest.raises(
+        ConfigError, match=r"there is no 'nothing/here' in /.*must be absolute\); give builtin"
+    ):
         resolve("stdlib,nothing/here")
     with pytest.raises(ConfigError, match="sources is empty"):
         resolve(" , ")

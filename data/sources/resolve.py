@@ -44,7 +44,7 @@ def resolve(words: str, split: str = "train", subset: str = "") -> list[Source]:
 def _from_path(word: str) -> Source:
     path = Path(os.path.expanduser(word))
     if os.path.isdir(path):
-        return GitSource(path) if (path / ".git").exists() else TreeSource(path)
+        return GitSource(path) if os.path.exists(path / ".git") else TreeSource(path)
     if os.path.exists(path):
         return FileSource(path)
     asked = "" if os.path.isabs(word) else f" in {os.getcwd()} (a path from another folder must be absolute)"

@@ -40,7 +40,7 @@ class SysdocsSource:
         return sorted(found, key=lambda one: one.name)
 
     def _wanted(self, file: Path) -> bool:
-        if file.is_symlink() or format_of(file) != "text":
+        if os.path.islink(file) or format_of(file) != "text":
             return False
         name = file.stem if file.suffix == ".gz" else file.name
         return (

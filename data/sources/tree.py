@@ -52,7 +52,7 @@ class TreeSource:
                     continue
                 if name in _SKIPPED:
                     found.append(skip(f"{self._name(folder)}/", folder, f"folder named {name}"))
-                elif folder.is_symlink():
+                elif os.path.islink(folder):  # pathlib raises where it may not look
                     found.append(skip(f"{self._name(folder)}/", folder, "link to a folder"))
                 else:
                     entered.append(name)
@@ -106,6 +106,6 @@ def _by_name(name: str, file: Path) -> Candidate:
     """The file as a candidate, skipped if its name does not say that it holds text."""
     if format_of(file):
         return as_candidate(name, file)
-    if file.is_dir():  # in what git tracks
+    if os.path.isdir(file):  # in what git tracks
         return skip(name, file, "submodule or link to a folder")
     return skip(name, file, "unknown suffix" if file.suffix else "no suffix")

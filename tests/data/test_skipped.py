@@ -106,6 +106,25 @@ def test_a_closed_folder_is_quarantined(kind, tmp_path: Path, monkeypatch: pytes
     assert (Path(path).name, reason) == ("closed", "unreadable: Permission denied")
 
 
+@pytest.mark.parametrize("kind", [TreeSource, SysdocsSource])
+def test_a_folder_that_can_be_listed_but_not_entered(kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = write(tmp_path / "in", "a.md", "sealed/b.md", "sealed/readme", "sealed/deep/c.md")
+    stat, lstat = os.stat, os.lstat
+
+    def denied(real):
+        def look(path, *args, **kwargs):
+            if "/sealed/" in os.fspath(path):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return real(path, *args, **kwargs)
+
+        return look
+
+    monkeypatch.setattr(os, "stat", denied(stat))
+    monkeypatch.setattr(os, "lstat", denied(lstat))
+    names = [one.name.partition("/")[2] for one in kind(root).candidates() if one.problem]
+    assert names[:3] == ["sealed/b.md", "sealed/deep/c.md", "sealed/readme"]
+
+
 def test_a_source_that_cannot_be_listed_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     root = write(tmp_path / "in", "a.md")
     close_folders(monkeypatch, "/in")

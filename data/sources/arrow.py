@@ -12,9 +12,11 @@ import pyarrow as pa
 
 from data.documents import Document
 from data.sources.base import UNREADABLE, Candidate, Reading, Rejection, candidate, unreadable
-from data.sources.records import no_text, parse_row, wanted_columns
+from data.sources.records import lost_rows, no_text, parse_row, wanted_columns
 from infra.errors import HeadwaterError
 from infra.files import read_json
+
+_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class DatasetsSource:
@@ -63,15 +65,26 @@ class DatasetsSource:
                 stream = pa.ipc.open_stream(mapped)
                 columns = wanted_columns(stream.schema.names, reading)
                 if not columns:
-                    yield no_text(candidate.name, stream.schema.names, reading)
+                    reason = no_text(candidate.name, stream.schema.names, reading).reason
+                    rows = sum(batch.num_rows for batch in stream)
+                    yield from lost_rows(candidate.name, 0, rows, reason, reading)
                     return
                 for batch in stream:
                     chosen = batch.select(columns)
                     for row in range(batch.num_rows):
                         yield parse_row(self.name, f"{candidate.name}#{index}", chosen, row, reading)
                         index += 1
+            if not ends_whole(candidate.file):
+                yield Rejection(f"{candidate.name}#{index}", "unreadable: cut off")
         except UNREADABLE as error:
             yield Rejection(f"{candidate.name}#{index}", unreadable(error))
+
+
+def ends_whole(file: Path) -> bool:
+    """Whether a stream ends in its mark; arrow takes one that breaks off between two batches for whole."""
+    with file.open("rb") as handle:
+        handle.seek(-min(len(_END), os.fstat(handle.fileno()).st_size), os.SEEK_END)
+        return handle.read() == _END
 
 
 def saved_files(folder: Path, split: str) -> list[Path]:

@@ -34,7 +34,9 @@ class Candidate:
     file: Path
     bytes: int  # bytes of text, unpacked, as far as the file's size tells
     records: bool = False  # holds many documents, of which a share can be taken
+    packed: int = 0  # bytes of the file as it is
     problem: str = ""  # why it can already be seen to be unreadable
+    skipped: str = ""  # why its name says that it is not to be read
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Rejection:
     path: str
     reason: str
     quarantined: bool = True  # False: read well and left out on purpose
+    count: int = 1  # how many documents it stands for
+    of_all: bool = False  # found by looking at all documents, not only at the share that a cap takes
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Source(Protocol):
     name: str
 
     def candidates(self) -> list[Candidate]:
-        """Every file that could be read; HeadwaterError when the place itself is wrong."""
+        """Every file, those that are not to be read marked so; HeadwaterError when the place is wrong."""
         ...
 
     def read(self, candidate: Candidate, reading: Reading) -> Iterator[Document | Rejection]:
@@ -79,18 +83,40 @@ class Text:
     rejection: Rejection | None = field(default=None)
 
 
+def printable(text: str) -> str:
+    """The text as valid Unicode: odd bytes of a file name as \\xNN, halves of surrogate pairs as \\uNNNN.
+
+    Names and fields of records are stored and hashed, which takes Unicode that can be encoded.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a half that stands for no byte
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def skip(name: str, file: Path, reason: str) -> Candidate:
+    """A file or folder that is not to be read, to be counted under the reason."""
+    return Candidate(printable(name), file, 0, skipped=reason)
+
+
+def closed_folder(name: str, error: OSError) -> Candidate:
+    """A folder whose files cannot be listed: one thing that cannot be read, as far as can be seen."""
+    return Candidate(printable(f"{name}/"), Path(error.filename), 0, problem=unreadable(error))
+
+
 def candidate(name: str, file: Path, records: bool = False) -> Candidate:
     """Look at a file's size without reading it."""
+    name = printable(name)
     try:
         state = os.stat(file)
     except OSError as error:
         return Candidate(name, file, 0, problem=f"unreadable: {error.strerror}")
     if not stat.S_ISREG(state.st_mode):
         return Candidate(name, file, 0, problem="unreadable: not a regular file")
-    size = state.st_size
+    packed = size = state.st_size
     if file.suffix == ".gz" and size >= 4:
         size = max(size, _unpacked_size(file))
-    return Candidate(name, file, size, records)
+    return Candidate(name, file, size, records, packed)
 
 
 def _unpacked_size(file: Path) -> int:

@@ -8,6 +8,7 @@ from data.sources.base import Source
 from data.sources.stdlib import StdlibSource
 from data.sources.sysdocs import SysdocsSource
 from data.sources.tree import FileSource, GitSource, TreeSource
+from data.sources.words import BUILTIN, DATASETS
 from infra.errors import ConfigError
 
 _KNOWN = "builtin, stdlib, sysdocs, datasets:<name or folder>, a folder, a git checkout or a file"
@@ -31,9 +32,9 @@ def resolve(words: str, split: str = "train", subset: str = "") -> list[Source]:
             sources.append(StdlibSource())
         if word in ("builtin", "sysdocs"):
             sources.append(SysdocsSource())
-        if word.startswith("datasets:"):
-            sources.append(DatasetsSource(word.removeprefix("datasets:"), split, subset))
-        elif word not in ("builtin", "stdlib", "sysdocs"):
+        if word.startswith(DATASETS):
+            sources.append(DatasetsSource(word.removeprefix(DATASETS), split, subset))
+        elif word not in BUILTIN:
             sources.append(_from_path(word))
     if not sources:
         raise ConfigError(f"sources is empty; give {_KNOWN}")
@@ -43,7 +44,10 @@ def resolve(words: str, split: str = "train", subset: str = "") -> list[Source]:
 def _from_path(word: str) -> Source:
     path = Path(os.path.expanduser(word))
     if os.path.isdir(path):
-        return GitSource(path) if (path / ".git").exists() else TreeSource(path)
+        return GitSource(path) if os.path.exists(path / ".git") else TreeSource(path)
     if os.path.exists(path):
         return FileSource(path)
-    raise ConfigError(f"sources: there is no {word!r}; give {_KNOWN}, or a comma-separated list of these")
+    asked = "" if os.path.isabs(word) else f" in {os.getcwd()} (a path from another folder must be absolute)"
+    raise ConfigError(
+        f"sources: there is no {word!r}{asked}; give {_KNOWN}, or a comma-separated list of these"
+    )

@@ -51,18 +51,19 @@ class StdlibSource:
 def split_docstrings(text: str, module: str) -> tuple[str, str]:
     """Divide a module's source in the code without docstrings, and the docstrings under their signatures.
 
-    A source that this interpreter cannot parse is all code.
+    A source that this interpreter cannot parse, or that is nested too deep to walk, is all code.
     """
-    text = text.replace("\r\n", "\n")
+    # The parser ends a line at a lone \r too: its line numbers must be those of the lines cut below.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines: list[str | None] = [*text.split("\n")]
+    prose: list[str] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
             tree = ast.parse(text)
+        _collect(tree, module, lines, prose)
     except (SyntaxError, ValueError, RecursionError):
         return text, ""
-    lines = text.split("\n")
-    prose: list[str] = []
-    _collect(tree, module, lines, prose)
     return "\n".join(line for line in lines if line is not None), "\n\n".join(prose) + "\n" * bool(prose)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.documents import Document
-from data.sources.base import Candidate, Reading, Rejection, candidate
+from data.sources.base import Candidate, Reading, Rejection, candidate, closed_folder
 from data.sources.formats import format_of, read_file
 
 LICENCE = "see /usr/share/doc/<package>/copyright"
@@ -24,17 +24,23 @@ class SysdocsSource:
         self.folder = folder
 
     def candidates(self) -> list[Candidate]:
-        found = []
-        for here, folders, files in os.walk(self.folder):
+        found: list[Candidate] = []
+        closed: list[OSError] = []
+        if not self.folder.is_dir():
+            return found
+        for here, folders, files in os.walk(self.folder, onerror=closed.append):
             folders.sort()
             for name in files:
                 file = Path(here, name)
                 if self._wanted(file):
                     found.append(candidate(f"doc/{file.relative_to(self.folder).as_posix()}", file))
+        for error in closed:
+            inside = Path(error.filename).relative_to(self.folder)
+            found.append(closed_folder(f"doc/{inside.as_posix()}", error))
         return sorted(found, key=lambda one: one.name)
 
     def _wanted(self, file: Path) -> bool:
-        if file.is_symlink() or format_of(file) != "text":
+        if os.path.islink(file) or format_of(file) != "text":
             return False
         name = file.stem if file.suffix == ".gz" else file.name
         return (

@@ -28,6 +28,7 @@ def run(config: DedupConfig, context: StageContext) -> None:
     from data.dedup.index import Settings, read_index, write_index
     from data.dedup.report import write_clusters
     from data.documents import DocumentWriter, iter_documents, write_rejected
+    from infra.errors import HeadwaterError
 
     documents = context.input("documents")
     folder = documents.folder("documents")
@@ -51,6 +52,14 @@ def run(config: DedupConfig, context: StageContext) -> None:
                 writer.add(document)
             else:
                 rejected.append((document.id, document.source, document.path, verdict.reason))
+    if not writer.documents:
+        # Only an index can do this: of the batch alone, one document of each cluster stays.
+        older = ", ".join(one.ref for one in context.inputs_of("index"))
+        raise HeadwaterError(
+            f"all {len(rejected)} documents of {documents.ref} are duplicates of documents in {older}, the "
+            f"first {rejected[0][2]!r} ({rejected[0][3]}). There is nothing new in this batch: leave it out, "
+            "or check the index input"
+        )
     write_rejected(context.out / "dropped.parquet", rejected)
     write_clusters(context.out / "clusters.parquet", found.verdicts)
     write_index(context.out / "index", found.index, settings)

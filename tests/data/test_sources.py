@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.documents import Document, kind_of
+from data.documents import Document, DocumentWriter, kind_of, write_rejected
 from data.sources.arrow import DatasetsSource
 from data.sources.base import Reading, Rejection
 from data.sources.resolve import resolve
@@ -41,7 +41,8 @@ if os:
 
 
 def read_all(source, reading: Reading | None = None) -> tuple[list[Document], list[Rejection]]:
-    found = [item for one in source.candidates() for item in source.read(one, reading or Reading())]
+    candidates = [one for one in source.candidates() if not one.skipped]
+    found = [item for one in candidates for item in source.read(one, reading or Reading())]
     return (
         [item for item in found if isinstance(item, Document)],
         [item for item in found if isinstance(item, Rejection)],
@@ -64,6 +65,18 @@ def test_docstrings_leave_the_code_and_keep_their_signatures():
 
 def test_source_that_does_not_parse_is_all_code():
     assert split_docstrings("def f(:\n", "m") == ("def f(:\n", "")
+
+
+def test_a_lone_carriage_return_ends_a_line_as_the_parser_says():
+    code, prose = split_docstrings('x = 1\r"not one"\rdef f():\r    """Words."""\r    return 1\r', "m")
+    assert code == 'x = 1\n"not one"\ndef f():\n    return 1\n'
+    assert prose == "m.f()\n\nWords.\n"
+    assert split_docstrings('"""A\rB\rC\rD"""', "m")[1] == "m\n\nA\nB\nC\nD\n"
+
+
+def test_source_nested_too_deep_to_walk_is_all_code():
+    text = "x = " + "+".join(["1"] * 2000) + "\n"
+    assert split_docstrings(text, "m") == (text, "")
 
 
 def test_stdlib_of_this_interpreter_has_code_and_prose():
@@ -298,13 +311,42 @@ def test_unreadable_files_are_seen_before_reading(tmp_path: Path):
     assert all(r.quarantined for r in rejections)
 
 
+def test_names_that_are_not_utf8_are_escaped_in_every_source(tmp_path: Path):
+    root = tmp_path / "in"
+    root.mkdir()
+    odd = root / os.fsdecode(b"na\xefve.txt")
+    odd.write_text("x", "utf-8")
+    for source, name in (
+        (TreeSource(root), "in/na\\xefve.txt"),
+        (SysdocsSource(root), "doc/na\\xefve.txt"),
+        (FileSource(odd), "na\\xefve.txt"),
+    ):
+        (document,) = read_all(source)[0]
+        assert document.path == name
+    odd.rename(root / os.fsdecode(b"na\xefve.py"))
+    assert [one.name for one in StdlibSource(root).candidates()] == ["python/na\\xefve.py"]
+
+
+def test_half_a_surrogate_beside_the_text_is_escaped(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "by": "\\ud800"}\n{"n\\udcff\\udfff": 1}\n', "utf-8")
+    (document,), (rejection,) = read_all(FileSource(path), Reading(licence_field="by"))
+    assert document.licence == "\\ud800"
+    assert rejection.reason.endswith("it has: n\\udcff\\udfff)")
+    with DocumentWriter(tmp_path / "out") as writer:
+        writer.add(document)
+    write_rejected(tmp_path / "rejected.parquet", [("", "file", rejection.path, rejection.reason)])
+
+
 def test_resolve_words(tmp_path: Path):
     odd = tmp_path / "a,b.txt"
     odd.write_text("x", "utf-8")
     assert isinstance(resolve(str(odd))[0], FileSource)
     assert [s.name for s in resolve(f"builtin,{tmp_path}")] == ["stdlib", "sysdocs", "folder"]
     assert [s.name for s in resolve("sysdocs , datasets:a/b")] == ["sysdocs", "datasets"]
-    with pytest.raises(ConfigError, match="there is no 'nothing/here'; give builtin"):
+    with pytest.raises(
+        ConfigError, match=r"there is no 'nothing/here' in /.*must be absolute\); give builtin"
+    ):
         resolve("stdlib,nothing/here")
     with pytest.raises(ConfigError, match="sources is empty"):
         resolve(" , ")

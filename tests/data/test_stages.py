@@ -162,6 +162,17 @@ def test_dedup_against_chosen_older_documents(make: Builder, corpus: Path, dedup
         make(dedup.STAGE, {"documents": [batch], "index": [deduped]}, ngram=6)
 
 
+def test_dedup_refuses_a_batch_without_anything_new(
+    make: Builder, store: Store, deduped: Artifact, tmp_path: Path
+):
+    (tmp_path / "old.md").write_text(prose(7), "utf-8")
+    batch = make(ingest.STAGE, sources=str(tmp_path))
+    before = store.ids("dedup")
+    with pytest.raises(HeadwaterError, match=r"all 1 documents of .* duplicates .*old\.md.*leave it out"):
+        make(dedup.STAGE, {"documents": [batch], "index": [deduped]})
+    assert store.ids("dedup") == before
+
+
 def test_decontaminate_drops_a_planted_problem(make: Builder, problems: Artifact, tmp_path: Path):
     held = pq.read_table(problems.file("heldout.parquet")).to_pylist()[0]
     leak = " ".join(part for part in (held["prompt"], held["thought"], held["answer"]) if part)

@@ -106,7 +106,7 @@ def stop(process: subprocess.Popen[bytes], grace: float = GRACE) -> None:
     process.wait()
 
 
-def tail(log: Path, since: int = 0, lines: int = 20) -> str:
+def tail(log: Path, since: int = 0, lines: int = 40) -> str:
     """The last lines of a log file, of what was written after byte `since`, for an error message."""
     try:
         with log.open("rb") as file:

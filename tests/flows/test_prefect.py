@@ -232,13 +232,15 @@ def test_a_run_of_the_command_is_recorded_where_up_runs(up: Up) -> None:
     assert "| INFO" not in done.stderr, "Prefect's own log stays out of the terminal"
     (parent,) = up.call("/flow_runs/filter", {"flow_runs": {"name": {"any_": ["typed"]}}})
     assert parent["state"]["type"] == "COMPLETED"
-    names = {
-        one["name"]: one["state"]["type"]
-        for one in up.call(
-            "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [parent["id"]]}}}
-        )
-    }
-    assert names == dict.fromkeys(("left", "right", "train", "control", "last"), "COMPLETED")
+    expected = dict.fromkeys(("left", "right", "train", "control", "last"), "COMPLETED")
+    # The server learns which run is whose child from events, which it reads in its own time.
+    query = {"flow_runs": {"parent_flow_run_id": {"any_": [parent["id"]]}}}
+    for _ in range(60):
+        names = {one["name"]: one["state"]["type"] for one in up.call("/flow_runs/filter", query)}
+        if names == expected:
+            break
+        time.sleep(0.5)
+    assert names == expected
     keys = {one["key"] for one in up.call("/artifacts/filter", {})}
     assert {"typed-stages", "typed-gates", "typed-lineage", "typed-train-summary"} <= keys
     # One node again, recorded there too.

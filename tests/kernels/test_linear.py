@@ -57,7 +57,8 @@ def test_output_and_gradients(tokens, n_in, n_out, dtype, power_of_two) -> None:
 
 def test_activation_waits_in_fp8() -> None:
     x, weight, _ = make(40, 256, 64)
-    saved = FP8Linear.apply(x, weight, False).grad_fn.saved_tensors
+    y = FP8Linear.apply(x, weight, False)  # with its last reference the saved tensors would go
+    saved = y.grad_fn.saved_tensors
     assert [(t.dtype, tuple(t.shape)) for t in saved] == [
         (torch.float8_e4m3fn, (40, 256)),
         (torch.float32, (40, 2)),

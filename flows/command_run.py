@@ -102,7 +102,7 @@ def _recorded(store: Store, request: Request, terminal: Terminal) -> tuple[Resul
         prefect_home.enter(store.home, url, lasting, console=False)
         from flows import pipeline
 
-        kept: list[pipeline.Kept] = []
+        kept = pipeline.Kept()
         try:
             options = request.options
             asyncio.run(
@@ -125,7 +125,8 @@ def _recorded(store: Store, request: Request, terminal: Terminal) -> tuple[Resul
             terminal.say(f"Prefect failed ({type(error).__name__}: {error}); going on without it", "yellow")
         finally:
             pipeline.flush()
-        return kept[0] if kept else None
+        # What failed after the builds is no reason to build again.
+        return (kept.result, kept.report or finish(store, kept.result)) if kept.result else None
 
 
 def _say_how_to_go_on(result: Result, request: Request, terminal: Terminal) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from flows.gates import Gate, Verdict, judge
 from flows.report import Report, gather
-from flows.report_page import render
+from flows.report_page import write
 from flows.runner import Result, figure
-from infra.files import atomic_write_text
+from infra.errors import DiskFull
 from infra.store import Store
 
 
 def finish(store: Store, result: Result) -> Report:
-    """Judge the gates, promote if they allow it, note it all in the run, and write the page."""
+    """Judge the gates, promote if they allow it, note it all in the run, and write the page.
+
+    A full disk keeps the last two from being written and nothing else: the report says so.
+    """
     preset = result.preset
     made = {name for name, one in result.outcomes.items() if one.ok}
     verdicts = [
@@ -23,17 +27,16 @@ def finish(store: Store, result: Result) -> Report:
             node for _, node, _ in gate.terms
         )  # the others cannot be judged in a run of a part
     ]
-    store.names.describe_run(
-        result.run,
+    noted = {
         # The statuses of this very run: the documents of the nodes move on when one is built again.
-        statuses={name: one.status for name, one in result.outcomes.items()},
-        seconds=round(result.seconds, 3),
-        gates=verdicts,
-        promotion=_promote(store, result),
-    )
-    report = gather(store, result.run)
-    atomic_write_text(report.page, render(report), points=None)
-    return report
+        "statuses": {name: one.status for name, one in result.outcomes.items()},
+        "seconds": round(result.seconds, 3),
+        "gates": verdicts,
+        "promotion": _promote(store, result),
+    }
+    with contextlib.suppress(DiskFull):
+        store.names.describe_run(result.run, **noted)
+    return write(gather(store, result.run, noted))
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
@@ -61,5 +64,8 @@ def _promote(store: Store, result: Result) -> str:
             return f"not promoted to {promotion.name}: {said}"
     now = store.names.get(promotion.name)
     if now is None or now["artifact"] != outcome.artifact.ref:
-        store.promote(outcome.artifact.ref, promotion.name, by=f"run {result.run}")
+        try:
+            store.promote(outcome.artifact.ref, promotion.name, by=f"run {result.run}")
+        except DiskFull as error:
+            return f"not promoted to {promotion.name}: {error}"
     return f"{promotion.name} is {outcome.artifact.ref}"

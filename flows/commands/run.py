@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, HeadwaterError
 
 Sets = Annotated[
     list[str] | None,
@@ -117,13 +117,13 @@ def report(
 ) -> None:
     """Report on a run as the store has it now."""
     from flows.report import gather
-    from flows.report_page import render
+    from flows.report_page import write
     from flows.terminal import print_report
-    from infra.files import atomic_write_text
     from infra.store import open_store
 
-    made = gather(open_store(), name)
-    atomic_write_text(made.page, render(made), points=None)
+    made = write(gather(open_store(), name))
+    if page and made.unwritten:
+        raise HeadwaterError(made.unwritten)
     if page:
         print(made.page)
     else:

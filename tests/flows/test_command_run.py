@@ -1,0 +1,100 @@
+"""What `headwater run` does around a run: what it prints, advises and returns, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from flows import report_page
+from flows.command_run import Request, perform
+from flows.execute import execute
+from flows.preset import load
+from flows.runner import Options, Pipeline
+from infra.errors import DiskFull
+from infra.names import Names
+from infra.store import Store
+from tests.flows.conftest import TOY, statuses
+
+Toy = Callable[..., Any]
+Capture = pytest.CaptureFixture[str]
+
+
+def request(*sets: str, **more: Any) -> Request:
+    return Request(str(TOY), sets, **{"prefect": False, **more})
+
+
+def full(*given: Any, **more: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_at_the_end_hides_no_failure(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(report_page, "atomic_write_text", full)
+    assert perform(request("left.crash=error", options=Options(stop=("left",)))) == 1
+    said = capsys.readouterr()
+    assert "left failed: source: the numbers have run out" in said.err
+    assert "report.html could not be written (No space left on device)" in said.out
+
+
+def test_a_full_disk_while_a_node_is_noted_hides_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Names.record_node
+
+    def note(self: Names, run: str, node: str, **more: Any) -> Any:
+        if more["status"] == "failed":
+            raise DiskFull("no space left while writing names/")
+        return real(self, run, node, **more)
+
+    monkeypatch.setattr(Names, "record_node", note)
+    heard: list[Mapping[str, Any]] = []
+    pipeline = Pipeline(
+        store,
+        load(str(TOY), ["left.crash=error"]),
+        options=Options(stop=("left",)),
+        listen=lambda node, event: heard.append(event),
+    )
+    result = asyncio.run(pipeline.execute(lambda task: execute(store, task, pipeline.listen)))
+    assert result.outcomes["left"].error == "source: the numbers have run out; set count lower"
+    assert any(
+        "that it is failed is not noted in run toy: no space" in one.get("message", "") for one in heard
+    )
+
+
+def test_what_fails_after_the_builds_keeps_their_result(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run inside Prefect is not taken for lost and made again."""
+    # Prefect makes its home when it is imported.
+    (store.home / "prefect").mkdir(parents=True)
+    monkeypatch.setenv("PREFECT_HOME", str(store.home / "prefect"))
+    from flows import pipeline
+
+    async def away() -> bool:
+        return False
+
+    monkeypatch.setattr(pipeline, "get_run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr(pipeline.prefect_artifacts, "reachable", away)
+    monkeypatch.setattr(pipeline, "finish", full)
+    kept = pipeline.Kept()
+    with pytest.raises(OSError, match="No space left"):
+        asyncio.run(
+            pipeline.pipeline_flow(lambda node, event: None, kept).fn(
+                preset=str(TOY),
+                run="",
+                settings=["left.crash=error"],
+                from_nodes=[],
+                to_nodes=["left"],
+                force=False,
+                refresh=False,
+                parallel=0,
+            )
+        )
+    assert kept.result is not None
+    assert statuses(kept.result) == {"left": "failed"}

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flows import prefect_home, registry, server, single
 from flows.execute import execute
@@ -69,9 +70,16 @@ def perform(request: Request) -> int:
 
 def _run(store: Store, preset: Preset, request: Request, terminal: Terminal) -> tuple[Result, Report]:
     # First without a word: when nothing is left to build, neither Prefect nor a worker is needed at all.
-    look = Pipeline(store, preset, request.run, request.options, lambda node, event: None)
+    seen: list[tuple[str, Mapping[str, Any]]] = []
+    look = Pipeline(
+        store, preset, request.run, request.options, lambda node, event: seen.append((node, event))
+    )
     left = look.resolve()
     if not left:
+        # Its warnings would be said again by a run that builds; here nobody else says them.
+        for node, event in seen:
+            if event["event"] == "log":
+                terminal.listen(node, event)
         result = look.result()
         return result, finish(store, result)
     terminal.say(f"{len(left)} of {len(preset.nodes)} nodes to build in {store.home}")

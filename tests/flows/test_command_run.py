@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +99,21 @@ def test_what_fails_after_the_builds_keeps_their_result(
         )
     assert kept.result is not None
     assert statuses(kept.result) == {"left": "failed"}
+
+
+def test_changed_code_is_said_when_everything_is_cached(
+    tmp_path: Path, store: Store, capsys: Capture
+) -> None:
+    folder = tmp_path / "stages"
+    folder.mkdir()
+    stage = (TOY.parent / "source.py").read_text()
+    (folder / "source.py").write_text(stage)
+    preset = tmp_path / "one.yaml"
+    preset.write_text("stages: [stages]\nnodes: {left: {stage: source}}\n")
+    assert perform(Request(str(preset), prefect=False)) == 0
+    (folder / "source.py").write_text(stage + "\n# another comment\n")
+    capsys.readouterr()
+    assert perform(Request(str(preset))) == 0
+    said = capsys.readouterr().err
+    assert "left      reused, though its code has changed since: source.py (--refresh rebuilds)" in said
+    assert said.count("reused") == 1

@@ -49,6 +49,8 @@ def perform(request: Request) -> int:
     """Run a preset and print its report; returns the exit code."""
     store = open_store()
     preset = load(request.source, request.sets)
+    if request.openlineage:
+        provenance.check_target(request.openlineage)
     with Terminal() as terminal:
         terminal.widen(list(preset.nodes))
         try:
@@ -56,16 +58,26 @@ def perform(request: Request) -> int:
         except KeyboardInterrupt:
             terminal.say("stopped; what was under way is kept, and the same command resumes it", "yellow")
             return 130
-        for one in result.outcomes.values():
-            if request.openlineage and one.status in ("built", "resumed") and one.artifact:
-                inputs = [store.resolve(pin.ref) for pin in one.artifact.record.inputs]
-                event = provenance.completed(one.artifact, inputs, f"{result.run}.{one.node}")
-                provenance.emit(event, request.openlineage)
+        if request.openlineage:
+            _emit(store, result, request.openlineage, terminal)
     print_report(made)
     if not result.ok:
         _say_how_to_go_on(result, request, terminal)
         return 1
     return NOT_PROMOTED if made.promotion.startswith("not ") else 0
+
+
+def _emit(store: Store, result: Result, target: str, terminal: Terminal) -> None:
+    """Send an event for each node that was built; what cannot be sent costs a warning, not the run."""
+    try:
+        for one in result.outcomes.values():
+            if one.status in ("built", "resumed") and one.artifact:
+                inputs = [store.resolve(pin.ref) for pin in one.artifact.record.inputs]
+                event = provenance.completed(one.artifact, inputs, f"{result.run}.{one.node}")
+                provenance.emit(event, target)
+    except HeadwaterError as error:
+        # The next one would wait for the same target just as long.
+        terminal.say(f"{error}\nno further OpenLineage events are sent; the run is as it is", "yellow")
 
 
 def _run(store: Store, preset: Preset, request: Request, terminal: Terminal) -> tuple[Result, Report]:

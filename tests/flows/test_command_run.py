@@ -16,7 +16,7 @@ from flows.command_run import Request, perform
 from flows.execute import execute
 from flows.preset import load
 from flows.runner import Options, Pipeline
-from infra.errors import DiskFull
+from infra.errors import ConfigError, DiskFull
 from infra.names import Names
 from infra.store import Store
 from tests.flows.conftest import TOY, statuses
@@ -117,3 +117,15 @@ def test_changed_code_is_said_when_everything_is_cached(
     said = capsys.readouterr().err
     assert "left      reused, though its code has changed since: source.py (--refresh rebuilds)" in said
     assert said.count("reused") == 1
+
+
+def test_an_event_that_cannot_be_sent_costs_a_warning(tmp_path: Path, store: Store, capsys: Capture) -> None:
+    (tmp_path / "file").write_text("")
+    target = str(tmp_path / "file" / "events.jsonl")
+    left = Options(stop=("left",))
+    assert perform(request(options=left, openlineage=target)) == 0
+    said = capsys.readouterr()
+    assert f"OpenLineage event not written to {target}" in said.err
+    assert "left  built" in said.out
+    with pytest.raises(ConfigError, match="OpenLineage target 'ftp://x'"):
+        perform(request(options=left, openlineage="ftp://x"))

@@ -37,12 +37,27 @@ class Request:
     options: Options = field(default_factory=Options)
     prefect: bool = True
     openlineage: str = ""
+    # As given with --home, "" when it was left out.
+    home: str = ""
 
     @property
     def source(self) -> str:
         """The preset as it will be found again from another folder."""
         path = Path(self.preset)
         return str(path.absolute()) if path.suffix in (".yaml", ".yml") else self.preset
+
+    def command(self) -> str:
+        """This request as one types it."""
+        options = self.options
+        words = ["headwater"] + (["--home", self.home] if self.home else [])
+        words += ["run", "--preset", self.preset] + (["--run", self.run] if self.run else [])
+        listed = {"--from": options.start, "--to": options.stop, "--set": self.sets}
+        words += [word for option, given in listed.items() for one in given for word in (option, one)]
+        words += [f"--{name}" for name in ("force", "refresh") if getattr(options, name)]
+        words += ["--parallel", str(options.parallel)] if options.parallel else []
+        words += [] if self.prefect else ["--no-prefect"]
+        words += ["--openlineage", self.openlineage] if self.openlineage else []
+        return shlex.join(words)
 
 
 def perform(request: Request) -> int:
@@ -151,11 +166,9 @@ def _recorded(store: Store, request: Request, terminal: Terminal) -> tuple[Resul
 
 def _say_how_to_go_on(result: Result, request: Request, terminal: Terminal) -> None:
     terminal.tell(result.failed)
-    for one in result.failed:
-        command = ["headwater", "run", "--preset", request.preset, "--from", one.node]
-        command += ["--run", request.run] if request.run else []
-        command += [word for text in request.sets for word in ("--set", text)]
-        terminal.say(f"when it is mended: {shlex.join(command)}")
+    # What was built is found again, so nothing is gained by starting from the node that failed; and what
+    # comes before it may not be in the store yet.
+    terminal.say(f"when it is mended: {request.command()}")
 
 
 def perform_one(

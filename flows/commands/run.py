@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
+    context: typer.Context,
     preset: PresetName = "demo",
     name: Annotated[str, typer.Option("--run", help="Name of the run (default: the preset's).")] = "",
     start: Annotated[
@@ -59,7 +60,8 @@ def run(
         parallel=parallel,
         faults=dict(_fault(one) for one in fault or ()),
     )
-    request = Request(preset, tuple(sets or ()), name, options, prefect and not fault, openlineage)
+    home = str((context.parent and context.parent.params.get("home")) or "")
+    request = Request(preset, tuple(sets or ()), name, options, prefect and not fault, openlineage, home)
     raise typer.Exit(perform(request))
 
 

@@ -53,7 +53,8 @@ def test_what_went_wrong_is_told_whole_once(headwater: Command) -> None:
     said = done.stderr + done.stdout
     assert said.count("Traceback (most recent call last)") == 1
     assert "left failed: ValueError: an unforeseen number" in said
-    assert f"when it is mended: headwater run --preset {TOY} --from left" in said
+    again = f"headwater run --preset {TOY} --set left.crash=exception --no-prefect"
+    assert f"when it is mended: {again}\n" in said
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("left ")]
     assert row.rstrip().endswith("ValueError: an unforeseen number")
     done = headwater("stage", "left", "--run", "toy")

@@ -129,3 +129,21 @@ def test_an_event_that_cannot_be_sent_costs_a_warning(tmp_path: Path, store: Sto
     assert "left  built" in said.out
     with pytest.raises(ConfigError, match="OpenLineage target 'ftp://x'"):
         perform(request(options=left, openlineage="ftp://x"))
+
+
+def test_a_request_as_one_types_it() -> None:
+    options = Options(start=("a",), stop=("b", "c"), force=True, refresh=True, parallel=2)
+    given = Request("demo", ("a.b=x y",), "mine", options, False, "http://x", "/my home")
+    assert given.command() == (
+        "headwater --home '/my home' run --preset demo --run mine --from a --to b --to c "
+        "--set 'a.b=x y' --force --refresh --parallel 2 --no-prefect --openlineage http://x"
+    )
+    assert Request("demo").command() == "headwater run --preset demo"
+
+
+def test_the_home_that_was_given_is_in_the_advice(headwater: Toy, tmp_path: Path) -> None:
+    home = str(tmp_path / "other home")
+    left = ("run", "--preset", str(TOY), "--no-prefect", "--to", "left", "--set", "left.crash=error")
+    done = headwater("--home", home, *left)
+    again = f"headwater --home '{home}' run --preset {TOY} --to left --set left.crash=error --no-prefect\n"
+    assert f"when it is mended: {again}" in done.stderr

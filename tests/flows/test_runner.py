@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flows import runner
+from flows import runner, single
 from flows.execute import Outcome, Task
 from flows.preset import load
 from flows.runner import Options, Pipeline, explain, figure, places
@@ -315,3 +315,11 @@ def test_a_reference_can_stand_for_a_node(tmp_path: Path, quick: Toy, store: Sto
     made = Recorder(store, str(path)).run().pipeline.result().outcomes["more"].artifact
     assert made.record.inputs[0].id == result.outcomes["train"].artifact.id
     assert runner.explain(store, load(str(path)), "more")[0].startswith("more: in the store")
+
+
+def test_a_node_on_its_own_takes_no_settings_of_others(quick: Toy, store: Store) -> None:
+    quick()
+    with pytest.raises(ConfigError, match=r"--set control\.steps=1: this builds train alone"):
+        single.from_run(store, "toy", "train", ["control.steps=1"])
+    assert single.from_run(store, "toy", "train", ["train.steps=9"]).nodes["train"].config.steps == 9
+    assert single.from_run(store, "toy", "train", ["defaults.seed=9"]).nodes["train"].config.seed == 9

@@ -54,7 +54,8 @@ class Say:
         if event["event"] == "log":
             self._early.append(f"{utc_now()} {event['level']}: {event['message']}\n")
             if self.file is not None:
-                with self.file.open("a", encoding="utf-8") as handle:
+                # A file name that is no UTF-8 gets into messages as lone surrogates.
+                with self.file.open("a", encoding="utf-8", errors="backslashreplace") as handle:
                     handle.writelines(self._early)
                 self._early.clear()
         if self.events is not None:

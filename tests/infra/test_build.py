@@ -311,3 +311,12 @@ def test_planning_loads_no_heavy_library(store: Store, words: Artifact) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_message_that_is_no_text_does_not_end_the_stage(store: Store) -> None:
+    def talk(config: WordsConfig, context: StageContext) -> None:
+        context.log("file \udcff.txt")
+        context.write_json("x.json", 1)
+
+    made = build(store, Stage("talk", 1, WordsConfig, talk), WordsConfig(), {}).artifact
+    assert "file \\udcff.txt" in made.file("logs/stage.log").read_text()

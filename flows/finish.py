@@ -13,9 +13,10 @@ from infra.errors import DiskFull
 from infra.store import Store
 
 
-def finish(store: Store, result: Result) -> Report:
+def finish(store: Store, result: Result, yielding: bool = False) -> Report:
     """Judge the gates, promote if they allow it, note it all in the run, and write the page.
 
+    yielding: leave a name alone that was promoted by something else than this run since.
     A full disk keeps the last two from being written and nothing else: the report says so.
     """
     preset = result.preset
@@ -32,7 +33,7 @@ def finish(store: Store, result: Result) -> Report:
         "statuses": {name: one.status for name, one in result.outcomes.items()},
         "seconds": round(result.seconds, 3),
         "gates": verdicts,
-        "promotion": _promote(store, result),
+        "promotion": _promote(store, result, yielding),
     }
     with contextlib.suppress(DiskFull):
         store.names.describe_run(result.run, **noted)
@@ -51,7 +52,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _promote(store: Store, result: Result) -> str:
+def _promote(store: Store, result: Result, yielding: bool) -> str:
     """Point the preset's name at its artifact if the gates hold; says what was done."""
     promotion = result.preset.promote
     outcome = result.outcomes.get(promotion.node) if promotion else None
@@ -63,9 +64,12 @@ def _promote(store: Store, result: Result) -> str:
             said = verdict.problem or f"{gate.value} is {verdict.value:.4g}, {gate.bound} is asked"
             return f"not promoted to {promotion.name}: {said}"
     now = store.names.get(promotion.name)
+    by = f"run {result.run}"
+    if yielding and now is not None and now["by"] != by:
+        return f"{promotion.name} stays {now['artifact']}, as {now['by'] or 'somebody'} set it"
     if now is None or now["artifact"] != outcome.artifact.ref:
         try:
-            store.promote(outcome.artifact.ref, promotion.name, by=f"run {result.run}")
+            store.promote(outcome.artifact.ref, promotion.name, by=by)
         except DiskFull as error:
             return f"not promoted to {promotion.name}: {error}"
     return f"{promotion.name} is {outcome.artifact.ref}"

@@ -96,8 +96,12 @@ def _preset(
     return dataclasses.replace(known, nodes=nodes)
 
 
-def pipeline_flow(listen: Listen | None = None, kept: Kept | None = None) -> Flow[Any, Any]:
-    """The pipeline flow. `listen` hears every event too; the result goes into `kept`."""
+def pipeline_flow(
+    listen: Listen | None = None, kept: Kept | None = None, yielding: bool = False
+) -> Flow[Any, Any]:
+    """The pipeline flow. `listen` hears every event too; the result goes into `kept`. `yielding`: see
+    `finish`.
+    """
 
     def name() -> str:
         return str(flow_run.parameters.get("run") or Path(flow_run.parameters.get("preset", "demo")).stem)
@@ -131,7 +135,7 @@ def pipeline_flow(listen: Listen | None = None, kept: Kept | None = None) -> Flo
         pipe = Pipeline(store, load(preset, settings), run, options, heard)
         keep = kept or Kept()
         keep.result = result = await pipe.execute(lambda task: record_node(store, task, listen))
-        keep.report = made = finish(store, result)
+        keep.report = made = finish(store, result, yielding)
         await prefect_artifacts.publish_run(store, result, made.gates)
         if not result.ok:
             raise StageFailed("; ".join(f"{one.node}: {one.error}" for one in result.failed))

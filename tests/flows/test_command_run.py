@@ -14,9 +14,10 @@ import pytest
 from flows import report_page
 from flows.command_run import Request, perform
 from flows.execute import execute
+from flows.finish import finish
 from flows.preset import load
 from flows.runner import Options, Pipeline
-from infra.errors import ConfigError, DiskFull
+from infra.errors import ConfigError, DiskFull, HeadwaterError
 from infra.names import Names
 from infra.store import Store
 from tests.flows.conftest import TOY, statuses
@@ -27,6 +28,12 @@ Capture = pytest.CaptureFixture[str]
 
 def request(*sets: str, **more: Any) -> Request:
     return Request(str(TOY), sets, **{"prefect": False, **more})
+
+
+def prefect_apart(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Prefect, which makes its home when it is imported, make it here."""
+    (store.home / "prefect").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("PREFECT_HOME", str(store.home / "prefect"))
 
 
 def full(*given: Any, **more: Any) -> None:
@@ -72,9 +79,7 @@ def test_what_fails_after_the_builds_keeps_their_result(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a run inside Prefect is not taken for lost and made again."""
-    # Prefect makes its home when it is imported.
-    (store.home / "prefect").mkdir(parents=True)
-    monkeypatch.setenv("PREFECT_HOME", str(store.home / "prefect"))
+    prefect_apart(store, monkeypatch)
     from flows import pipeline
 
     async def away() -> bool:
@@ -147,3 +152,36 @@ def test_the_home_that_was_given_is_in_the_advice(headwater: Toy, tmp_path: Path
     done = headwater("--home", home, *left)
     again = f"headwater --home '{home}' run --preset {TOY} --to left --set left.crash=error --no-prefect\n"
     assert f"when it is mended: {again}" in done.stderr
+
+
+def test_a_refresh_takes_the_settings_and_nodes_of_each_run(
+    quick: Toy, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefect_apart(store, monkeypatch)
+    from flows.refresh import refresh_runs
+
+    quick("left.count=9", stop=("control",))
+    called: list[dict[str, Any]] = []
+    said: list[str] = []
+
+    async def again(**given: Any) -> None:
+        called.append(given)
+        if len(called) > 1:
+            raise ConfigError("its preset is gone")
+
+    assert asyncio.run(refresh_runs(store, ["demo", "toy"], again, said.append)) == ["toy"]
+    made = ["left", "control"]
+    assert called == [{"preset": str(TOY), "run": "toy", "settings": ["left.count=9"], "to_nodes": made}]
+    assert said == [f"demo has never been run in {store.home}: nothing to refresh"]
+    with pytest.raises(HeadwaterError, match="toy: its preset is gone"):
+        asyncio.run(refresh_runs(store, ["toy"], again, said.append))
+
+
+def test_a_refresh_leaves_a_name_that_somebody_else_has_set(quick: Toy, store: Store) -> None:
+    result, _ = quick()
+    assert finish(store, result, yielding=True).promotion.startswith("answer is ")
+    other = store.promote("toy/train", "answer", by="headwater promote")
+    said = f"answer stays {other.ref}, as headwater promote set it"
+    assert finish(store, result, yielding=True).promotion == said
+    assert store.names.get("answer")["artifact"] == other.ref
+    assert finish(store, result).promotion == f"answer is {result.outcomes['last'].artifact.ref}"

@@ -205,7 +205,7 @@ class Store:
 
     def _unknown(self, ref: str) -> str:
         """Why a reference means nothing, with what comes nearest."""
-        runs = self.names.runs()
+        runs = self.names.runs([])
         run, slash, node = ref.partition("/")
         if run in runs:
             nodes = {f"{run}/{one}" for one, entry in runs[run]["nodes"].items() if entry["artifact"]}
@@ -215,7 +215,7 @@ class Store:
                 status = runs[run]["nodes"][node]["status"]
                 return f"node {node!r} of run {run!r} has built nothing yet ({status})"
             return f"run {run!r} has no node {node!r}; {nearest(ref, nodes)}"
-        valid = [*self.names.all(), *self.refs()]
+        valid = [*self.names.all([]), *self.refs()]
         valid += [f"{one}/{node}" for one, document in runs.items() for node in document["nodes"]]
         return f"{ref!r} means nothing in {self.home}; {nearest(ref, valid)} ({_FORMS})"
 

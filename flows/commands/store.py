@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -60,7 +61,9 @@ def ls(
 
 
 def _ls_runs(store: Store, limit: int, as_json: bool) -> None:
-    runs = dict(list(store.names.runs().items())[: limit or None])
+    unread: list[str] = []
+    runs = dict(list(store.names.runs(unread).items())[: limit or None])
+    _warn(unread)
     if as_json:
         print(json.dumps(list(runs.values()), indent=2))
         return
@@ -247,13 +250,20 @@ def reindex() -> None:
 def _places(store: Store) -> dict[str, list[str]]:
     """The names that each artifact is known by: promoted ones, then run/node."""
     found: dict[str, list[str]] = {}
-    for name, document in store.names.all().items():
+    unread: list[str] = []
+    for name, document in store.names.all(unread).items():
         found.setdefault(document["artifact"], []).append(name)
-    for run, document in store.names.runs().items():
+    for run, document in store.names.runs(unread).items():
         for node, entry in document["nodes"].items():
             if entry["artifact"]:
                 found.setdefault(entry["artifact"], []).append(f"{run}/{node}")
+    _warn(unread)
     return found
+
+
+def _warn(unread: Iterable[str]) -> None:
+    for reason in unread:
+        print(f"headwater: left out: {reason}", file=sys.stderr)
 
 
 def figure(value: Any) -> str:

@@ -324,3 +324,15 @@ def test_the_command_is_installed() -> None:
         "Usage: headwater"
         in subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60).stdout
     )
+
+
+def test_one_file_that_cannot_be_read_hides_no_other(quick: Toy, headwater: Command, store: Store) -> None:
+    result, _ = quick(stop=("left",))
+    (store.home / "names" / "runs" / "torn.json").write_text("{")
+    for arguments in (("ls",), ("ls", "--runs"), ("show", "toy/left"), ("lineage", "toy/left")):
+        done = headwater(*arguments)
+        assert ("toy" if "--runs" in arguments else result.outcomes["left"].artifact.ref) in ran(done)
+        assert ("names/runs/torn.json: not readable as JSON" in done.stderr) is (arguments[0] != "lineage")
+    done = headwater("gc")
+    ran(done, code=1)
+    assert "names/runs/torn.json" in done.stderr, "what a run needs must be known before anything goes"

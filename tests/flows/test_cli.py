@@ -336,3 +336,10 @@ def test_one_file_that_cannot_be_read_hides_no_other(quick: Toy, headwater: Comm
     done = headwater("gc")
     ran(done, code=1)
     assert "names/runs/torn.json" in done.stderr, "what a run needs must be known before anything goes"
+
+
+def test_looking_makes_no_home(headwater: Command, home: Path) -> None:
+    for arguments in (("ls",), ("ls", "--runs")):
+        ran(headwater(*arguments))
+    ran(headwater("show", "x"), code=1)
+    assert not home.exists()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from flows.execute import Listen, Outcome, Task, execute
 from flows.preset import Node, Preset
-from infra import build, hardware
+from infra import build, hardware, mend
 from infra.artifact import Artifact
 from infra.errors import ConfigError, CorruptArtifact, UnknownReference, nearest
 from infra.store import Store
@@ -181,7 +181,9 @@ class Pipeline:
             return
         plan = build.plan(self.store, node.stage, node.config, inputs)
         if plan.problem and not self.options.force:
-            raise CorruptArtifact(f"{name}: {plan.problem} (headwater run --from {name} --to {name} --force)")
+            info = {"preset": self.preset.source, "name": self.preset.name, "sets": self.preset.sets}
+            command = mend.rebuild_command(self.store, self.run, info, name)
+            raise CorruptArtifact(f"{name}: {plan.problem}\nrestore the file, or build it again: {command}")
         if plan.hit is None or self.options.force or (self.options.refresh and plan.drift):
             changed = f"code changed: {', '.join(plan.drift)}"
             self._why[name] = plan.why or (("forced",) if self.options.force else (changed,))
@@ -337,6 +339,7 @@ def explain(store: Store, preset: Preset, name: str) -> list[str]:
         plan = build.plan(store, node.stage, node.config, inputs)
         if plan.hit is None:
             lines += [f"{node.name}: {reason}" for reason in ((plan.problem,) if plan.problem else plan.why)]
+            lines += [mend.advice(store, f"{plan.stage}@{plan.id}")] if plan.problem else []
         else:
             found[node.name] = plan.hit
             if node.name == wanted:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from infra import mend
 from infra.artifact import Artifact
 from infra.attempt import Attempt, Events, Say, interrupts
 from infra.config import StageConfig, split
@@ -83,7 +84,7 @@ def plan(
                 )
             bad = file_problems(hit, hash_content=False)
             if bad:
-                raise CorruptArtifact(f"{bad[0]}; rebuild it with --force")
+                raise CorruptArtifact(str(bad[0]))
         except CorruptArtifact as error:
             return Plan(stage.name, mark, id, None, (), (), sources, str(error), len(attempts))
         current = module_digests(source_file(stage.run))
@@ -135,7 +136,7 @@ def _build(
     given = check_inputs(stage, inputs)
     made = plan(store, stage, config, inputs)
     if made.problem and not force:
-        raise CorruptArtifact(made.problem)
+        raise CorruptArtifact(f"{made.problem}\n{mend.advice(store, f'{made.stage}@{made.id}')}")
     wanted = force or made.hit is None or (refresh and bool(made.drift))
     if not wanted and made.hit is not None:
         _sweep(store, stage, made)

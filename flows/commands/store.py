@@ -181,6 +181,7 @@ def diff(left: Ref, right: Ref, as_json: AsJson = False) -> None:
 
 def verify(ref: Ref, as_json: AsJson = False) -> None:
     """Re-hash an artifact and all it was built from. Exit code 1 if anything is not as published."""
+    from infra.mend import advice
     from infra.verify import verify as check
 
     store = open_store(write=False)
@@ -188,10 +189,15 @@ def verify(ref: Ref, as_json: AsJson = False) -> None:
     if as_json:
         problems = [vars(one) for one in found.problems]
         said = {"checked": found.checked, "files": found.files, "bytes": found.bytes, "problems": problems}
+        said["healed"] = found.healed
         print(json.dumps(said, indent=2))
     else:
         for problem in found.problems:
             print(f"{problem.kind:<8} {problem}")
+        for text in found.healed:
+            print(f"healed   {text}")
+        for one in dict.fromkeys(problem.ref for problem in found.problems):
+            print(advice(store, one))
         state = "all as published" if found.ok else f"{len(found.problems)} problems"
         print(f"{len(found.checked)} artifacts, {found.files} files, {size(found.bytes)} re-hashed: {state}")
     if not found.ok:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -157,12 +158,21 @@ def test_lineage_in_every_form(headwater: Command, store: Store, tmp_path: Path)
 
 
 def test_verify_finds_a_flipped_byte(quick: Toy, headwater: Command) -> None:
+    ran(headwater("run", "--preset", str(TOY), "--no-prefect"))
     result, _ = quick()
     victim = result.outcomes["left"].artifact.path / "numbers.json"
     content = bytearray(victim.read_bytes())
     content[-2] ^= 1
     victim.write_bytes(content)
-    assert str(victim) in ran(headwater("verify", "toy/last"), code=1)
+    found = headwater("verify", "toy/last")
+    assert str(victim) in ran(found, code=1)
+    # Following the advice heals it, though what is downstream still pins the damaged attempt.
+    (advised,) = [line for line in found.stdout.splitlines() if " again: headwater " in line]
+    words = shlex.split(advised.partition(" again: headwater ")[2])
+    ran(headwater(*words, "--no-prefect"))
+    done = headwater("verify", "toy/last")
+    assert "all as published" in ran(done)
+    assert f"healed   {result.outcomes['left'].artifact.ref}: {victim}: content changed" in done.stdout
 
 
 def test_promote_and_gc(quick: Toy, headwater: Command, store: Store) -> None:

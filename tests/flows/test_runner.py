@@ -174,7 +174,7 @@ def test_a_changed_artifact_is_refused_as_an_input_naming_the_file(toy: Toy) -> 
     assert statuses(result)["train"] == "failed"
     assert str(victim) in result.outcomes["train"].error
     victim.write_bytes(b"shorter")
-    with pytest.raises(CorruptArtifact, match=r"left: .*numbers\.json.*--force"):
+    with pytest.raises(CorruptArtifact, match=r"(?s)left: .*numbers\.json.*--from left --to left --force"):
         toy()
     result, _ = toy(stop=("left",), force=True)
     assert statuses(result) == {"left": "built"}

@@ -217,7 +217,7 @@ class Pipeline:
 
     def _input(self, name: str, reader: str) -> Artifact | None:
         if name.startswith("@"):
-            return self.store.resolve(name[1:])
+            return self.store.own(name[1:])
         if name in self.wanted:
             outcome = self.outcomes.get(name)
             return outcome.artifact if outcome else None
@@ -237,7 +237,7 @@ class Pipeline:
         parents = {parent: self._given(parent) for parent in node.parents}
         if all(parents.values()):
             inputs = {
-                role: tuple(self.store.resolve(one[1:]) if one[0] == "@" else parents[one] for one in names)
+                role: tuple(self.store.own(one[1:]) if one[0] == "@" else parents[one] for one in names)
                 for role, names in node.inputs.items()
             }
             hit = build.plan(self.store, node.stage, node.config, inputs).hit
@@ -333,7 +333,7 @@ def explain(store: Store, preset: Preset, name: str) -> list[str]:
             lines.append(f"{node.name}: to be built after {waits}")
             continue
         inputs = {
-            role: tuple(store.resolve(one[1:]) if one[0] == "@" else found[one] for one in names)
+            role: tuple(store.own(one[1:]) if one[0] == "@" else found[one] for one in names)
             for role, names in node.inputs.items()
         }
         plan = build.plan(store, node.stage, node.config, inputs)

@@ -162,12 +162,42 @@ class Store:
             return self._by_path(ref)
         raise UnknownReference(self._unknown(ref))
 
+    def own(self, ref: str) -> Artifact:
+        """Like `resolve`, for what is to be named or read by a build: it must lie in this store.
+
+        Raises StoreError saying what to do for the path of an artifact elsewhere, unless this store has it.
+        """
+        artifact = self.resolve(ref)
+        here = self.folder(artifact.stage, artifact.id)
+        if os.path.realpath(artifact.path) == os.path.realpath(here):
+            return artifact
+        if (here / RECORD).is_file():
+            mine = self.artifact(artifact.stage, artifact.id)
+            if mine.record.record_digest == artifact.record.record_digest:
+                return mine
+        other = self.around(artifact).home
+        where = (
+            "" if other == self.home else f" but in {other}: work there (--home {other}), or build it here"
+        )
+        raise StoreError(
+            f"{ref} does not lie in the store {self.home}{where}. What a name or an input means must be in "
+            "the store, with all that it was made from"
+        )
+
+    def around(self, artifact: Artifact) -> Store:
+        """The store that an artifact lies in, which is another one for a path; this one for a lone copy."""
+        folder = Path(os.path.realpath(artifact.path))
+        if folder.parts[-3:] != ("artifacts", artifact.stage, artifact.id):
+            return self
+        home = folder.parents[2]
+        return self if home == Path(os.path.realpath(self.home)) else Store(home)
+
     def promote(self, ref: str, name: str, by: str = "") -> Artifact:
         """Point a name at what `ref` means, keeping the name's history. Returns the artifact.
 
-        Raises StoreError for a name that a run's node already answers to.
+        Raises StoreError for a name that a run's node already answers to, or for an artifact elsewhere.
         """
-        artifact = self.resolve(ref)
+        artifact = self.own(ref)
         if self._node(name) is not None:
             raise StoreError(f"{name!r} is a node of a run; promote under another name")
         self.names.promote(artifact, name, by)

@@ -90,6 +90,7 @@ def show(
             _show_run(store, run)
         return
     artifact = store.resolve(ref)
+    store = store.around(artifact)
     if as_json:
         print(artifact.record.render().decode(), end="")
     else:
@@ -185,7 +186,9 @@ def verify(ref: Ref, as_json: AsJson = False) -> None:
     from infra.verify import verify as check
 
     store = open_store(write=False)
-    found = check(store, store.resolve(ref))
+    artifact = store.resolve(ref)
+    store = store.around(artifact)
+    found = check(store, artifact)
     if as_json:
         problems = [vars(one) for one in found.problems]
         said = {"checked": found.checked, "files": found.files, "bytes": found.bytes, "problems": problems}

@@ -353,3 +353,21 @@ def test_looking_makes_no_home(headwater: Command, home: Path) -> None:
         ran(headwater(*arguments))
     ran(headwater("show", "x"), code=1)
     assert not home.exists()
+
+
+def test_a_path_into_another_store(quick: Toy, headwater: Command, store: Store, tmp_path: Path) -> None:
+    result, _ = quick()
+    last = str(result.outcomes["last"].artifact.path)
+    here = ("--home", str(tmp_path / "here"))
+    assert "5 artifacts" in ran(headwater(*here, "verify", last))
+    assert "source@" in ran(headwater(*here, "lineage", last))
+    assert "toy/last" in ran(headwater(*here, "show", last))
+    done = headwater(*here, "promote", last, "best")
+    ran(done, code=1)
+    assert f"but in {store.home}: work there (--home {store.home})" in done.stderr
+    preset = tmp_path / "from_path.yaml"
+    nodes = f"nodes:\n  more: {{stage: slow, inputs: {{numbers: '@{last}'}}}}\n"
+    preset.write_text(f"stages: ['{TOY.parent}']\n{nodes}")
+    done = headwater(*here, "run", "--preset", str(preset), "--no-prefect")
+    ran(done, code=1)
+    assert f"but in {store.home}: work there" in done.stderr

@@ -213,3 +213,23 @@ def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StoreError, match="HEADWATER_HOME"):
             open_store(bad)
+
+
+def test_what_lies_in_another_store_is_looked_at_there_and_not_named_here(
+    store: Store, words: Artifact, tmp_path: Path
+) -> None:
+    import shutil
+
+    here = open_store(tmp_path / "here")
+    found = here.resolve(str(words.path))
+    assert here.around(found).home == store.home
+    assert store.around(words) is store
+    for use in (here.own, lambda ref: here.promote(ref, "live")):
+        with pytest.raises(StoreError, match=rf"but in {store.home}: work there \(--home"):
+            use(str(words.path))
+    assert here.names.get("live") is None
+    shutil.copytree(words.path, tmp_path / "copy")
+    with pytest.raises(StoreError, match=rf"does not lie in the store {here.home}\. "):
+        here.own(str(tmp_path / "copy"))
+    assert store.own(str(tmp_path / "copy")).path == words.path, "the store has this very artifact"
+    assert store.own(str(words.path)).ref == words.ref

@@ -9,8 +9,9 @@ from flows.gates import Gate, Verdict, judge
 from flows.report import Report, gather
 from flows.report_page import write
 from flows.runner import Result, figure
-from infra.errors import DiskFull
+from infra.errors import CorruptArtifact, DiskFull
 from infra.store import Store
+from infra.verify import require_unchanged
 
 
 def finish(store: Store, result: Result, yielding: bool = False) -> Report:
@@ -67,9 +68,11 @@ def _promote(store: Store, result: Result, yielding: bool) -> str:
     by = f"run {result.run}"
     if yielding and now is not None and now["by"] != by:
         return f"{promotion.name} stays {now['artifact']}, as {now['by'] or 'somebody'} set it"
-    if now is None or now["artifact"] != outcome.artifact.ref:
-        try:
+    try:
+        if now is None or now["artifact"] != outcome.artifact.ref:
             store.promote(outcome.artifact.ref, promotion.name, by=by)
-        except DiskFull as error:
-            return f"not promoted to {promotion.name}: {error}"
+        else:
+            require_unchanged(store, outcome.artifact)
+    except (DiskFull, CorruptArtifact) as error:
+        return f"not promoted to {promotion.name}: {error}"
     return f"{promotion.name} is {outcome.artifact.ref}"

@@ -19,6 +19,7 @@ from infra.imports import ROOT
 from infra.names import Names
 from infra.record import RECORD, Record
 from infra.storage import LocalStorage
+from infra.verify import require_unchanged
 
 _ID = re.compile(rf"([0-9a-f]{{{ID_LENGTH}}})(?:-([1-9][0-9]*))?")
 _FORMS = "a reference is run/node, a promoted name, stage@id or the path of an artifact's folder"
@@ -195,9 +196,11 @@ class Store:
     def promote(self, ref: str, name: str, by: str = "") -> Artifact:
         """Point a name at what `ref` means, keeping the name's history. Returns the artifact.
 
-        Raises StoreError for a name that a run's node already answers to, or for an artifact elsewhere.
+        Raises StoreError for a name that a run's node already answers to, or for an artifact elsewhere,
+        CorruptArtifact when its files are not what was published.
         """
         artifact = self.own(ref)
+        require_unchanged(self, artifact)
         if self._node(name) is not None:
             raise StoreError(f"{name!r} is a node of a run; promote under another name")
         self.names.promote(artifact, name, by)

@@ -115,6 +115,14 @@ def require_intact(store: Store, artifacts: Sequence[Artifact]) -> list[Artifact
     return [once[artifact.path] for artifact in artifacts]
 
 
+def require_unchanged(store: Store, artifact: Artifact) -> None:
+    """Re-hash one artifact; CorruptArtifact if it is not what was published, whatever could stand in."""
+    wrong = file_problems(artifact)
+    if wrong:
+        listed = "\n".join(f"  {problem}" for problem in wrong[:10])
+        raise CorruptArtifact(f"not what was published:\n{listed}\n{mend.advice(store, artifact.ref)}")
+
+
 def stand_in(store: Store, ref: str, digest: str) -> Artifact | None:
     """The newest other attempt at `ref` whose payload has that digest and is intact, None without one."""
     stage, _, id = ref.partition("@")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import logging
 from collections.abc import Callable, Mapping
@@ -15,9 +16,11 @@ from flows import report_page
 from flows.command_run import Request, perform
 from flows.execute import execute
 from flows.finish import finish
+from flows.open_model import open_model
 from flows.preset import load
 from flows.runner import Options, Pipeline
-from infra.errors import ConfigError, DiskFull, HeadwaterError
+from infra.artifact import Artifact
+from infra.errors import ConfigError, CorruptArtifact, DiskFull, HeadwaterError
 from infra.names import Names
 from infra.store import Store
 from tests.flows.conftest import TOY, statuses
@@ -185,3 +188,36 @@ def test_a_refresh_leaves_a_name_that_somebody_else_has_set(quick: Toy, store: S
     assert finish(store, result, yielding=True).promotion == said
     assert store.names.get("answer")["artifact"] == other.ref
     assert finish(store, result).promotion == f"answer is {result.outcomes['last'].artifact.ref}"
+
+
+def test_what_is_damaged_is_neither_promoted_nor_opened(quick: Toy, store: Store) -> None:
+    result, _ = quick()
+    last = result.outcomes["last"].artifact
+    made = finish(store, result)
+    assert made.promotion == f"answer is {last.ref}"
+    victim = last.path / "numbers.json"
+    content = bytearray(victim.read_bytes())
+    content[-2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(CorruptArtifact, match=str(victim)):
+        store.promote("toy/last", "best")
+    for name in ("answer", "best"):
+        preset = dataclasses.replace(
+            result.preset, promote=dataclasses.replace(result.preset.promote, name=name)
+        )
+        said = finish(store, dataclasses.replace(result, preset=preset)).promotion
+        assert said.startswith(f"not promoted to {name}: not what was published:")
+        assert f"{victim}: content changed" in said
+    assert store.names.get("best") is None
+
+
+def test_a_damaged_checkpoint_is_not_opened(
+    quick: Toy, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = quick(stop=("left",))
+    artifact = result.outcomes["left"].artifact
+    victim = artifact.path / "numbers.json"
+    victim.write_bytes(b"x" * victim.stat().st_size)
+    monkeypatch.setattr(Artifact, "names", lambda self: ["tokenizer.json", "config.json"])
+    with pytest.raises(CorruptArtifact, match=f"{victim}: content changed"):
+        open_model(artifact)

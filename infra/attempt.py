@@ -88,6 +88,8 @@ class Attempt:
     def run(self) -> Artifact:
         """Check the inputs, run the stage, publish."""
         started = utc_now()
+        # A whole stage would have run before publishing found out.
+        self.store.require_place(self.stage.name, self.id)
         self._take_intact()
         code = code_state(self.stage.run)
         tries = self._prepare(started, code["modules"])

@@ -124,11 +124,29 @@ class Store:
         try:
             folder = self.storage.commit(payload, f"artifacts/{record.stage}/{record.id}", before)
         except FileExistsError:
-            raise StoreError(
-                f"{self.folder(record.stage, record.id)} is in the way of {record.ref}: it has appeared "
-                "since this build began, or is no artifact; remove it if it holds no record.json"
-            ) from None
+            raise StoreError(self._in_the_way(record.stage, record.id)) from None
         return Artifact.open(folder)
+
+    def require_place(self, stage: str, id: str) -> None:
+        """StoreError when an artifact could not be published because something is in its place."""
+        folder = self.folder(stage, id)
+        # A rename goes over an empty folder.
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise StoreError(self._in_the_way(stage, id))
+
+    def _in_the_way(self, stage: str, id: str) -> str:
+        return (
+            f"{self.folder(stage, id)} is in the way of {stage}@{id}: it has appeared since this build "
+            f"began, or is no artifact; move it elsewhere if it holds no {RECORD}"
+        )
+
+    def strays(self) -> list[Path]:
+        """What lies among the artifacts and is none, for it holds no record."""
+        found = []
+        for stage in self.stages():
+            folder = self.home / "artifacts" / stage
+            found += [path for path in folder.iterdir() if not (path / RECORD).is_file()]
+        return sorted(found)
 
     # References
 

@@ -233,6 +233,8 @@ def gc(
     sweep = plan_gc(store, runs, hours, days)
     for one in sweep.garbage:
         print(f"{size(one.bytes):>10}  {one.ref or one.path}  {one.reason}")
+    for path in sweep.strays:
+        print(f"no artifact (it has no record.json), left alone: {path}; move it elsewhere")
     if not delete:
         print(
             f"{len(sweep.garbage)} to remove, {size(sweep.bytes)}; {len(sweep.kept)} kept (--delete removes)"

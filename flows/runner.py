@@ -188,6 +188,7 @@ class Pipeline:
             changed = f"code changed: {', '.join(plan.drift)}"
             self._why[name] = plan.why or (("forced",) if self.options.force else (changed,))
             return
+        build.sweep(self.store, plan)
         self._cached(name, plan.hit, "cached")
         if plan.drift:
             changed = ", ".join(plan.drift)

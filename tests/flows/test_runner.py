@@ -323,3 +323,11 @@ def test_a_node_on_its_own_takes_no_settings_of_others(quick: Toy, store: Store)
         single.from_run(store, "toy", "train", ["control.steps=1"])
     assert single.from_run(store, "toy", "train", ["train.steps=9"]).nodes["train"].config.steps == 9
     assert single.from_run(store, "toy", "train", ["defaults.seed=9"]).nodes["train"].config.seed == 9
+
+
+def test_a_cached_run_tidies_up_after_a_kill_just_after_publishing(quick: Toy, store: Store) -> None:
+    result, _ = quick(stop=("left",))
+    work = store.work(result.outcomes["left"].artifact.id)
+    (work / "scratch").mkdir(parents=True)
+    quick(stop=("left",))
+    assert not work.exists()

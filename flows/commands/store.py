@@ -78,11 +78,20 @@ def _ls_runs(store: Store, limit: int, as_json: bool) -> None:
 
 def show(
     ref: Annotated[str, typer.Argument(metavar="REF", help="An artifact by reference, or a run by name.")],
+    as_run: Annotated[
+        bool, typer.Option("--run", help="The run, where a promoted name is the same.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show an artifact's record, or the nodes of a run with their earlier attempts."""
+    """Show an artifact's record, or the nodes of a run with their earlier attempts.
+
+    What is both a promoted name and a run is the name, as it is for every other command.
+    """
     store = open_store(write=False)
-    run = store.names.run(ref)
+    run = store.names.require_run(ref) if as_run else store.names.run(ref)
+    if run is not None and not as_run and store.names.get(ref) is not None:
+        print(f"headwater: {ref} is a run too: headwater show {ref} --run", file=sys.stderr)
+        run = None
     if run is not None:
         if as_json:
             print(json.dumps(run, indent=2, sort_keys=True))

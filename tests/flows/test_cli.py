@@ -371,3 +371,14 @@ def test_a_path_into_another_store(quick: Toy, headwater: Command, store: Store,
     done = headwater(*here, "run", "--preset", str(preset), "--no-prefect")
     ran(done, code=1)
     assert f"but in {store.home}: work there" in done.stderr
+
+
+def test_a_name_that_a_run_has_too_is_the_name(quick: Toy, headwater: Command, store: Store) -> None:
+    result, _ = quick(stop=("left",))
+    assert "node" in ran(headwater("show", "toy"))
+    store.promote("toy/left", "toy")
+    done = headwater("show", "toy")
+    assert ran(done).splitlines()[0].endswith(result.outcomes["left"].artifact.ref)
+    assert "headwater show toy --run" in done.stderr
+    assert ran(headwater("show", "toy", "--run")).split()[0] == "node"
+    assert headwater("show", "toy").stdout.split()[1] in ran(headwater("lineage", "toy"))

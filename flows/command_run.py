@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flows import prefect_home, registry, server, single
 from flows.execute import execute
@@ -36,6 +37,8 @@ class Request:
     options: Options = field(default_factory=Options)
     prefect: bool = True
     openlineage: str = ""
+    # As given with --home, "" when it was left out.
+    home: str = ""
 
     @property
     def source(self) -> str:
@@ -43,11 +46,26 @@ class Request:
         path = Path(self.preset)
         return str(path.absolute()) if path.suffix in (".yaml", ".yml") else self.preset
 
+    def command(self) -> str:
+        """This request as one types it."""
+        options = self.options
+        words = ["headwater"] + (["--home", self.home] if self.home else [])
+        words += ["run", "--preset", self.preset] + (["--run", self.run] if self.run else [])
+        listed = {"--from": options.start, "--to": options.stop, "--set": self.sets}
+        words += [word for option, given in listed.items() for one in given for word in (option, one)]
+        words += [f"--{name}" for name in ("force", "refresh") if getattr(options, name)]
+        words += ["--parallel", str(options.parallel)] if options.parallel else []
+        words += [] if self.prefect else ["--no-prefect"]
+        words += ["--openlineage", self.openlineage] if self.openlineage else []
+        return shlex.join(words)
+
 
 def perform(request: Request) -> int:
     """Run a preset and print its report; returns the exit code."""
     store = open_store()
     preset = load(request.source, request.sets)
+    if request.openlineage:
+        provenance.check_target(request.openlineage)
     with Terminal() as terminal:
         terminal.widen(list(preset.nodes))
         try:
@@ -55,11 +73,8 @@ def perform(request: Request) -> int:
         except KeyboardInterrupt:
             terminal.say("stopped; what was under way is kept, and the same command resumes it", "yellow")
             return 130
-        for one in result.outcomes.values():
-            if request.openlineage and one.status in ("built", "resumed") and one.artifact:
-                inputs = [store.resolve(pin.ref) for pin in one.artifact.record.inputs]
-                event = provenance.completed(one.artifact, inputs, f"{result.run}.{one.node}")
-                provenance.emit(event, request.openlineage)
+        if request.openlineage:
+            _emit(store, result, request.openlineage, terminal)
     print_report(made)
     if not result.ok:
         _say_how_to_go_on(result, request, terminal)
@@ -67,11 +82,31 @@ def perform(request: Request) -> int:
     return NOT_PROMOTED if made.promotion.startswith("not ") else 0
 
 
+def _emit(store: Store, result: Result, target: str, terminal: Terminal) -> None:
+    """Send an event for each node that was built; what cannot be sent costs a warning, not the run."""
+    try:
+        for one in result.outcomes.values():
+            if one.status in ("built", "resumed") and one.artifact:
+                inputs = [store.resolve(pin.ref) for pin in one.artifact.record.inputs]
+                event = provenance.completed(one.artifact, inputs, f"{result.run}.{one.node}")
+                provenance.emit(event, target)
+    except HeadwaterError as error:
+        # The next one would wait for the same target just as long.
+        terminal.say(f"{error}\nno further OpenLineage events are sent; the run is as it is", "yellow")
+
+
 def _run(store: Store, preset: Preset, request: Request, terminal: Terminal) -> tuple[Result, Report]:
     # First without a word: when nothing is left to build, neither Prefect nor a worker is needed at all.
-    look = Pipeline(store, preset, request.run, request.options, lambda node, event: None)
+    seen: list[tuple[str, Mapping[str, Any]]] = []
+    look = Pipeline(
+        store, preset, request.run, request.options, lambda node, event: seen.append((node, event))
+    )
     left = look.resolve()
     if not left:
+        # Its warnings would be said again by a run that builds; here nobody else says them.
+        for node, event in seen:
+            if event["event"] == "log":
+                terminal.listen(node, event)
         result = look.result()
         return result, finish(store, result)
     terminal.say(f"{len(left)} of {len(preset.nodes)} nodes to build in {store.home}")
@@ -102,7 +137,7 @@ def _recorded(store: Store, request: Request, terminal: Terminal) -> tuple[Resul
         prefect_home.enter(store.home, url, lasting, console=False)
         from flows import pipeline
 
-        kept: list[pipeline.Kept] = []
+        kept = pipeline.Kept()
         try:
             options = request.options
             asyncio.run(
@@ -125,16 +160,15 @@ def _recorded(store: Store, request: Request, terminal: Terminal) -> tuple[Resul
             terminal.say(f"Prefect failed ({type(error).__name__}: {error}); going on without it", "yellow")
         finally:
             pipeline.flush()
-        return kept[0] if kept else None
+        # What failed after the builds is no reason to build again.
+        return (kept.result, kept.report or finish(store, kept.result)) if kept.result else None
 
 
 def _say_how_to_go_on(result: Result, request: Request, terminal: Terminal) -> None:
     terminal.tell(result.failed)
-    for one in result.failed:
-        command = ["headwater", "run", "--preset", request.preset, "--from", one.node]
-        command += ["--run", request.run] if request.run else []
-        command += [word for text in request.sets for word in ("--set", text)]
-        terminal.say(f"when it is mended: {shlex.join(command)}")
+    # What was built is found again, so nothing is gained by starting from the node that failed; and what
+    # comes before it may not be in the store yet.
+    terminal.say(f"when it is mended: {request.command()}")
 
 
 def perform_one(

@@ -1,8 +1,9 @@
 """Deployments: what a Prefect server offers to run, each with its form.
 
 One for every stage (inputs by reference), one for every node of the presets (its settings filled in, its
-inputs from that run), one for every preset as a whole, and `refresh`, which runs a preset again every
-night: what has not changed is found in the store, so a night without news costs seconds.
+inputs from that run), one for every preset as a whole, and `refresh`, which runs again every night, with its
+own settings, what has been run under a preset's name: what has not changed is found in the store, so a night
+without news costs seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from prefect.client.schemas.objects import ConcurrencyLimitStrategy, Concurrency
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows import deployed
 from flows.preset import load
@@ -34,31 +35,30 @@ _ENDED = ("Completed", "Failed", "Cancelled", "Crashed")
 _SILENCE = timedelta(seconds=90)
 
 
-async def deploy(presets: Sequence[str], refreshed: str = "") -> list[str]:
+async def deploy(presets: Sequence[str]) -> list[str]:
     """Create or update every deployment on the server that this process is set to; returns their names.
 
-    refreshed: the preset that runs again every night (default: the first). Needs a server that answers.
+    Needs a server that answers.
     """
-    made = []
+    made, runs = [], []
     async with get_client() as client:
         await _pool(client)
-        for name, flow in deployed.FLOWS.items():
-            if name != "pipeline":
-                made.append(await _deployment(client, name, flow, "stage", {}))
+        for name, flow in deployed.STAGES.items():
+            made.append(await _deployment(client, name, flow, "stage", {}))
         for source in presets:
             preset = load(source)
             for node in preset.nodes.values():
-                if node.stage.name in deployed.FLOWS:
+                if node.stage.name in deployed.STAGES:
                     given = {"config": plain(node.config), "run": preset.name, "node": node.name}
-                    flow = deployed.FLOWS[node.stage.name]
+                    flow = deployed.STAGES[node.stage.name]
                     made.append(
                         await _deployment(client, node.stage.name, flow, f"{preset.name}-{node.name}", given)
                     )
-            made.append(await _pipeline(client, preset.name, {"preset": source}))
-        if presets:
-            again = {"preset": refreshed or presets[0]}
-            schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron=REFRESH_CRON), slug="nightly")
-            made.append(await _pipeline(client, "refresh", again, [schedule]))
+            made.append(await _pipeline(client, "pipeline", preset.name, {"preset": source}))
+            runs.append(preset.name)
+        schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron=REFRESH_CRON), slug="nightly")
+        made.append(await _pipeline(client, "refresh", "nightly", {"runs": runs}, [schedule]))
+        await _drop(client, "pipeline/refresh")
         await _watch_lost_runs(client)
     return made
 
@@ -68,17 +68,24 @@ async def _pool(client: PrefectClient) -> None:
         await client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
 
 
+async def _drop(client: PrefectClient, name: str) -> None:
+    """Remove a deployment of earlier versions: this one ran a preset without the settings of its run."""
+    with contextlib.suppress(ObjectNotFound):
+        await client.delete_deployment((await client.read_deployment_by_name(name)).id)
+
+
 async def _pipeline(
     client: PrefectClient,
+    flow: str,
     name: str,
     parameters: dict[str, Any],
     schedules: list[DeploymentScheduleCreate] | None = None,
 ) -> str:
-    """A deployment of the pipeline flow; a second run of it waits for the first."""
+    """A deployment of the pipeline flow or of its refresh; a second run of it waits for the first."""
     return await _deployment(
         client,
-        "pipeline",
-        deployed.FLOWS["pipeline"],
+        flow,
+        deployed.FLOWS[flow],
         name,
         parameters,
         schedules=schedules or [],

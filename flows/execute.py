@@ -19,6 +19,7 @@ from flows import leash
 from flows.worker import Job
 from infra.artifact import Artifact
 from infra.config import StageConfig, plain
+from infra.errors import DiskFull, disk_full_told
 from infra.stage import Stage
 from infra.store import Store
 
@@ -74,15 +75,18 @@ async def execute(store: Store, task: Task, listen: Listen) -> Outcome:
     process tree is ended (SIGTERM, 25 s, SIGKILL) before the cancellation goes on; its work stays
     resumable.
     """
-    _note(store, task, "running")
+    _note(store, task, "running", listen)
     listen(task.node, {"event": "start", "stage": task.stage.name, "why": list(task.why)})
     try:
-        outcome = await _work(store, task, listen)
+        with disk_full_told(store.home, f"starting {task.node}"):
+            outcome = await _work(store, task, listen)
+    except DiskFull as error:
+        outcome = Outcome(task.node, task.stage.name, "failed", error=str(error))
     except asyncio.CancelledError:
-        _note(store, task, "interrupted")
+        _note(store, task, "interrupted", listen)
         listen(task.node, {"event": "interrupted", "message": "stopped; the next try resumes"})
         raise
-    _note(store, task, outcome.status, outcome)
+    _note(store, task, outcome.status, listen, outcome)
     if outcome.ok:
         listen(task.node, {"event": "done", "status": outcome.status, "seconds": outcome.seconds})
     else:
@@ -90,9 +94,12 @@ async def execute(store: Store, task: Task, listen: Listen) -> Outcome:
     return outcome
 
 
-def _note(store: Store, task: Task, status: str, outcome: Outcome | None = None) -> None:
-    if task.run:
-        details = {} if outcome is None else {"seconds": round(outcome.seconds, 3), "error": outcome.error}
+def _note(store: Store, task: Task, status: str, listen: Listen, outcome: Outcome | None = None) -> None:
+    """Note in the run how the node stands; a full disk must not hide how it ended."""
+    if not task.run:
+        return
+    details = {} if outcome is None else {"seconds": round(outcome.seconds, 3), "error": outcome.error}
+    try:
         store.names.record_node(
             task.run,
             task.node,
@@ -101,6 +108,9 @@ def _note(store: Store, task: Task, status: str, outcome: Outcome | None = None)
             artifact=outcome.artifact if outcome else None,
             **details,
         )
+    except DiskFull as error:
+        message = f"that it is {status} is not noted in run {task.run}: {error}"
+        listen(task.node, {"event": "log", "level": "warning", "message": message})
 
 
 async def _work(store: Store, task: Task, listen: Listen) -> Outcome:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from flows.gates import Gate, Verdict, judge
 from flows.report import Report, gather
-from flows.report_page import render
+from flows.report_page import write
 from flows.runner import Result, figure
-from infra.files import atomic_write_text
+from infra.errors import CorruptArtifact, DiskFull
 from infra.store import Store
+from infra.verify import require_unchanged
 
 
-def finish(store: Store, result: Result) -> Report:
-    """Judge the gates, promote if they allow it, note it all in the run, and write the page."""
+def finish(store: Store, result: Result, yielding: bool = False) -> Report:
+    """Judge the gates, promote if they allow it, note it all in the run, and write the page.
+
+    yielding: leave a name alone that was promoted by something else than this run since.
+    A full disk keeps the last two from being written and nothing else: the report says so.
+    """
     preset = result.preset
     made = {name for name, one in result.outcomes.items() if one.ok}
     verdicts = [
@@ -23,17 +29,16 @@ def finish(store: Store, result: Result) -> Report:
             node for _, node, _ in gate.terms
         )  # the others cannot be judged in a run of a part
     ]
-    store.names.describe_run(
-        result.run,
+    noted = {
         # The statuses of this very run: the documents of the nodes move on when one is built again.
-        statuses={name: one.status for name, one in result.outcomes.items()},
-        seconds=round(result.seconds, 3),
-        gates=verdicts,
-        promotion=_promote(store, result),
-    )
-    report = gather(store, result.run)
-    atomic_write_text(report.page, render(report), points=None)
-    return report
+        "statuses": {name: one.status for name, one in result.outcomes.items()},
+        "seconds": round(result.seconds, 3),
+        "gates": verdicts,
+        "promotion": _promote(store, result, yielding),
+    }
+    with contextlib.suppress(DiskFull):
+        store.names.describe_run(result.run, **noted)
+    return write(gather(store, result.run, noted))
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _promote(store: Store, result: Result) -> str:
+def _promote(store: Store, result: Result, yielding: bool) -> str:
     """Point the preset's name at its artifact if the gates hold; says what was done."""
     promotion = result.preset.promote
     outcome = result.outcomes.get(promotion.node) if promotion else None
@@ -60,6 +65,14 @@ def _promote(store: Store, result: Result) -> str:
             said = verdict.problem or f"{gate.value} is {verdict.value:.4g}, {gate.bound} is asked"
             return f"not promoted to {promotion.name}: {said}"
     now = store.names.get(promotion.name)
-    if now is None or now["artifact"] != outcome.artifact.ref:
-        store.promote(outcome.artifact.ref, promotion.name, by=f"run {result.run}")
+    by = f"run {result.run}"
+    if yielding and now is not None and now["by"] != by:
+        return f"{promotion.name} stays {now['artifact']}, as {now['by'] or 'somebody'} set it"
+    try:
+        if now is None or now["artifact"] != outcome.artifact.ref:
+            store.promote(outcome.artifact.ref, promotion.name, by=by)
+        else:
+            require_unchanged(store, outcome.artifact)
+    except (DiskFull, CorruptArtifact) as error:
+        return f"not promoted to {promotion.name}: {error}"
     return f"{promotion.name} is {outcome.artifact.ref}"

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from infra.artifact import Artifact
 from infra.errors import HeadwaterError
+from infra.store import Store
+from infra.verify import require_unchanged
 
 if TYPE_CHECKING:
     from data.chat import ChatTokenizer
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 def open_model(artifact: Artifact) -> tuple[Transformer, ChatTokenizer]:
     """Model and tokenizer of a training stage's checkpoint or of an exported `deepseek_v3` folder.
 
-    HeadwaterError when the artifact holds no model; CheckpointError when its tensors do not fit.
+    HeadwaterError when the artifact holds no model, CorruptArtifact when its files are not what was
+    published; CheckpointError when its tensors do not fit.
     """
     from data.chat import ChatTokenizer
     from model.checkpoint import load_model
@@ -26,6 +29,8 @@ def open_model(artifact: Artifact) -> tuple[Transformer, ChatTokenizer]:
         raise HeadwaterError(
             f"{artifact.ref} holds no model: give a checkpoint (a run's sft or grpo node, say) or an export"
         )
+    # A flipped bit in a weight gives answers all the same.
+    require_unchanged(Store().around(artifact), artifact)
     tokenizer = ChatTokenizer(artifact.file("tokenizer.json"))
     model = read_hf(artifact.path) if artifact.stage == "export" else load_model(artifact.path)
     return model.to(pick_device()), tokenizer

@@ -40,7 +40,12 @@ _EVERY = 15.0
 _COMMON = ("config", "run", "node", "force", "refresh")
 
 
-Kept = tuple[Result, Report]
+@dataclasses.dataclass
+class Kept:
+    """What a pipeline flow came to, as far as it came; a fault after the builds must not lose them."""
+
+    result: Result | None = None
+    report: Report | None = None
 
 
 class StageFailed(HeadwaterError):
@@ -91,8 +96,12 @@ def _preset(
     return dataclasses.replace(known, nodes=nodes)
 
 
-def pipeline_flow(listen: Listen | None = None, kept: list[Kept] | None = None) -> Flow[Any, Any]:
-    """The pipeline flow. `listen` hears every event too; the result goes into `kept`."""
+def pipeline_flow(
+    listen: Listen | None = None, kept: Kept | None = None, yielding: bool = False
+) -> Flow[Any, Any]:
+    """The pipeline flow. `listen` hears every event too; the result goes into `kept`. `yielding`: see
+    `finish`.
+    """
 
     def name() -> str:
         return str(flow_run.parameters.get("run") or Path(flow_run.parameters.get("preset", "demo")).stem)
@@ -124,10 +133,9 @@ def pipeline_flow(listen: Listen | None = None, kept: list[Kept] | None = None) 
         options = Options(tuple(from_nodes), tuple(to_nodes), force, refresh, parallel)
         heard = both(logged(get_run_logger()), listen)
         pipe = Pipeline(store, load(preset, settings), run, options, heard)
-        result = await pipe.execute(lambda task: record_node(store, task, listen))
-        made = finish(store, result)
-        if kept is not None:
-            kept.append((result, made))
+        keep = kept or Kept()
+        keep.result = result = await pipe.execute(lambda task: record_node(store, task, listen))
+        keep.report = made = finish(store, result, yielding)
         await prefect_artifacts.publish_run(store, result, made.gates)
         if not result.ok:
             raise StageFailed("; ".join(f"{one.node}: {one.error}" for one in result.failed))

@@ -80,6 +80,8 @@ class Report:
     tree: str
     # What reinforcement learning brought, a paragraph each.
     gains: tuple[str, ...] = ()
+    # Why the page could not be written and what to do, "" when it lies there.
+    unwritten: str = ""
 
     @property
     def page(self) -> Path:
@@ -87,10 +89,13 @@ class Report:
         return self.home / "reports" / self.run / "report.html"
 
 
-def gather(store: Store, run: str) -> Report:
-    """The report of a run as the store has it now; StoreError when there is no such run."""
+def gather(store: Store, run: str, more: Mapping[str, Any] | None = None) -> Report:
+    """The report of a run as the store has it now; StoreError when there is no such run.
+
+    more: what is known of the run as a whole and could not be noted in it.
+    """
     document = store.names.require_run(run)
-    info = document["info"]
+    info = {**document["info"], **(more or {})}
     order = [name for name in info.get("order", []) if name in document["nodes"]]
     order += [name for name in sorted(document["nodes"]) if name not in order]
     rows = [_row(store, name, document["nodes"][name], info) for name in order]

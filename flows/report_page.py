@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
 from flows.report import Report, Row, Sample
+from infra.files import atomic_write_text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d0d7de; --dim: #57606a; --good: #1a7f37; --bad: #b3261e }
@@ -24,6 +26,19 @@ auto } td.n { text-align: right } .good { color: var(--good) } .bad { color: var
 0; max-width: 100% } img { max-width: 100%; background: #fff; border: 1px solid var(--line) } figcaption {
 color: var(--dim); font-size: .85em }
 """
+
+
+def write(report: Report) -> Report:
+    """Write the page. Where that cannot be done the report says why: the run itself is done either way."""
+    try:
+        atomic_write_text(report.page, render(report), points=None)
+    except OSError as error:
+        why = (
+            f"{report.page} could not be written ({error.strerror or error}): make room or make its folder "
+            f"writable, then `headwater report {report.run}` writes it"
+        )
+        return dataclasses.replace(report, unwritten=why)
+    return report
 
 
 def render(report: Report) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from flows.execute import Listen, Outcome, Task, execute
 from flows.preset import Node, Preset
-from infra import build, hardware
+from infra import build, hardware, mend
 from infra.artifact import Artifact
 from infra.errors import ConfigError, CorruptArtifact, UnknownReference, nearest
 from infra.store import Store
@@ -181,11 +181,14 @@ class Pipeline:
             return
         plan = build.plan(self.store, node.stage, node.config, inputs)
         if plan.problem and not self.options.force:
-            raise CorruptArtifact(f"{name}: {plan.problem} (headwater run --from {name} --to {name} --force)")
+            info = {"preset": self.preset.source, "name": self.preset.name, "sets": self.preset.sets}
+            command = mend.rebuild_command(self.store, self.run, info, name)
+            raise CorruptArtifact(f"{name}: {plan.problem}\nrestore the file, or build it again: {command}")
         if plan.hit is None or self.options.force or (self.options.refresh and plan.drift):
             changed = f"code changed: {', '.join(plan.drift)}"
             self._why[name] = plan.why or (("forced",) if self.options.force else (changed,))
             return
+        build.sweep(self.store, plan)
         self._cached(name, plan.hit, "cached")
         if plan.drift:
             changed = ", ".join(plan.drift)
@@ -215,7 +218,7 @@ class Pipeline:
 
     def _input(self, name: str, reader: str) -> Artifact | None:
         if name.startswith("@"):
-            return self.store.resolve(name[1:])
+            return self.store.own(name[1:])
         if name in self.wanted:
             outcome = self.outcomes.get(name)
             return outcome.artifact if outcome else None
@@ -235,7 +238,7 @@ class Pipeline:
         parents = {parent: self._given(parent) for parent in node.parents}
         if all(parents.values()):
             inputs = {
-                role: tuple(self.store.resolve(one[1:]) if one[0] == "@" else parents[one] for one in names)
+                role: tuple(self.store.own(one[1:]) if one[0] == "@" else parents[one] for one in names)
                 for role, names in node.inputs.items()
             }
             hit = build.plan(self.store, node.stage, node.config, inputs).hit
@@ -331,12 +334,13 @@ def explain(store: Store, preset: Preset, name: str) -> list[str]:
             lines.append(f"{node.name}: to be built after {waits}")
             continue
         inputs = {
-            role: tuple(store.resolve(one[1:]) if one[0] == "@" else found[one] for one in names)
+            role: tuple(store.own(one[1:]) if one[0] == "@" else found[one] for one in names)
             for role, names in node.inputs.items()
         }
         plan = build.plan(store, node.stage, node.config, inputs)
         if plan.hit is None:
             lines += [f"{node.name}: {reason}" for reason in ((plan.problem,) if plan.problem else plan.why)]
+            lines += [mend.advice(store, f"{plan.stage}@{plan.id}")] if plan.problem else []
         else:
             found[node.name] = plan.hit
             if node.name == wanted:

@@ -39,16 +39,19 @@ class Server:
     api_url: str
     ui_url: str
     process: subprocess.Popen[bytes]
+    log: Path
 
 
 @contextlib.contextmanager
 def serve(home: Path, port: int = 0, services: bool = True) -> Iterator[Server]:
     """A server for the length of the `with`; `port` 0 takes any free one.
 
-    Without `services` it only records: no scheduler, no pages. HeadwaterError when it does not come up,
-    with the end of its log.
+    Without `services` it only records: no scheduler, no pages. HeadwaterError when the port is taken, or
+    when the server does not come up, with the end of its log.
     """
     port = port or free_port()
+    if not is_free(port):
+        raise HeadwaterError(f"port {port} on {HOST} is taken by another program; name another with --port")
     log = prefect_home.folder(home) / ("server.log" if services else "run-server.log")
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     url = f"http://{HOST}:{port}"
@@ -59,15 +62,18 @@ def serve(home: Path, port: int = 0, services: bool = True) -> Iterator[Server]:
     }
     process = leash.start(command + ([] if services else ["--no-services", "--no-ui"]), environment, log)
     try:
-        _wait(process, f"{url}/api", log)
-        yield Server(f"{url}/api", url, process)
+        _wait(process, port, log)
+        yield Server(f"{url}/api", url, process, log)
     finally:
         leash.stop(process, grace=10.0)
 
 
-def _wait(process: subprocess.Popen[bytes], api_url: str, log: Path) -> None:
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until this very server answers. Another home's may have come to the port first, and answers too;
+    deployments made there would replace its own.
+    """
     until = time.monotonic() + PATIENCE
-    while not healthy(api_url):
+    while not (healthy(f"http://{HOST}:{port}/api") and listens(process.pid, port)):
         if process.poll() is not None:
             raise HeadwaterError(f"the Prefect server ended at its start; {log} says:\n{leash.tail(log)}")
         if time.monotonic() > until:
@@ -86,15 +92,44 @@ def healthy(api_url: str, timeout: float = 2.0) -> bool:
         return False
 
 
+def listens(pid: int, port: int) -> bool:
+    """Whether a process or one that it has started listens on `port`."""
+    import psutil
+
+    try:
+        leader = psutil.Process(pid)
+        for one in (leader, *leader.children(recursive=True)):
+            for connection in one.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                    return True
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True  # it cannot be known here
+    return False
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on `port` of loopback now."""
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+        # A port that a server has just left still counts as free, as it will for the next one.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
 def free_port(first: int = 0) -> int:
     """A free port on loopback: the next one from `first` on, or any."""
-    for port in range(first, first + 100) if first else [0]:
+    if not first:
         with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
-            # A port that a server has just left still counts as free, as it will for the next one.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind((HOST, port))
-                return int(probe.getsockname()[1])
+            probe.bind((HOST, 0))
+            return int(probe.getsockname()[1])
+    for port in range(first, first + 100):
+        if is_free(port):
+            return port
     raise HeadwaterError(f"no free port on {HOST} from {first} to {first + 99}; name one with --port")
 
 

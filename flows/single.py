@@ -34,13 +34,17 @@ def from_run(
     """The node `name` (or the only one of that stage) as the run's preset describes it, `sets` laid over.
 
     Each input is the newest attempt of the node it comes from in that run, or what `refs` gives for its role.
-    Raises StoreError for an unknown run, ConfigError for an unknown node, field or role.
+    Raises StoreError for an unknown run, ConfigError for an unknown node, field or role, or a setting of
+    another node.
     """
     info = store.names.require_run(run)["info"]
     if "preset" not in info:
         raise ConfigError(f"run {run} was not made from a preset: give the stage's inputs with --input")
     full = load(info["preset"], [*info.get("sets", []), *sets])
     node = full.node(name)
+    for path, _, text in read_settings(sets):
+        if path[0] not in (node.name, "defaults"):
+            raise ConfigError(f"--set {text}: this builds {node.name} alone and takes {path[0]} as it is")
     inputs = {
         role: tuple(one if one[0] == "@" else f"@{run}/{one}" for one in names)
         for role, names in node.inputs.items()

@@ -151,7 +151,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if report.promotion:
         style = "red" if report.promotion.startswith("not ") else "green"
         console.print(Text(f"\n{report.promotion}", style=style))
-    console.print(Text(f"\nreport  {report.page}"), soft_wrap=True)
+    if report.unwritten:
+        console.print(Text(f"\n{report.unwritten}", style="yellow"), soft_wrap=True)
+    else:
+        console.print(Text(f"\nreport  {report.page}"), soft_wrap=True)
 
 
 def _curve(curve: Curve) -> str:

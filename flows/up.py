@@ -43,17 +43,18 @@ def _serve(home: Path, running: server.Server, presets: Sequence[str], say: Call
     worker = leash.start([*command, "--name", "headwater"], environment, log)
     try:
         say(f"{running.ui_url}  {len(made)} deployments, one worker; Ctrl-C ends it all")
-        _watch(running.process, worker, log)
+        _watch(running, worker, log)
     finally:
         say("ending")
         leash.stop(worker, grace=_GRACE)
 
 
-def _watch(served: subprocess.Popen[bytes], worker: subprocess.Popen[bytes], log: Path) -> None:
+def _watch(served: server.Server, worker: subprocess.Popen[bytes], log: Path) -> None:
     while True:
-        for name, process, said in (("server", served, ""), ("worker", worker, leash.tail(log))):
+        for name, process, said in (("server", served.process, served.log), ("worker", worker, log)):
             if process.poll() is not None:
                 raise HeadwaterError(
-                    f"the Prefect {name} ended by itself (code {process.returncode})\n{said}"
+                    f"the Prefect {name} ended by itself (code {process.returncode}); {said} says:\n"
+                    f"{leash.tail(said)}"
                 )
         time.sleep(0.5)

@@ -25,6 +25,10 @@ from flows import leash
 
 Emit = Callable[[Mapping[str, Any]], None]
 
+# Characters of one text of an event, at both ends together: nobody reads more, and the runner takes lines
+# of a certain length only.
+_LONGEST = 64_000
+
 # Read by OpenMP, MKL, OpenBLAS, numba and the Rust libraries when they are loaded, so set before that.
 _THREADS = (
     "OMP_NUM_THREADS",
@@ -140,7 +144,7 @@ def _channel() -> Emit:
     lock = threading.Lock()
 
     def emit(event: Mapping[str, Any]) -> None:
-        line = json.dumps(event, ensure_ascii=True, default=str)
+        line = json.dumps({name: _fit(value) for name, value in event.items()}, default=str)
         with lock:
             try:
                 stream.write(line + "\n")
@@ -150,6 +154,16 @@ def _channel() -> Emit:
                 pass
 
     return emit
+
+
+def _fit(value: Any) -> Any:
+    """A text short enough to pass on, saying so where it was cut; what is no Unicode is spelt out."""
+    if not isinstance(value, str):
+        return value
+    half, cut = _LONGEST // 2, len(value) - _LONGEST
+    if cut > 0:
+        value = f"{value[:half]} ... ({cut:,} characters cut) ... {value[-half:]}"
+    return value.encode("utf-8", "backslashreplace").decode()
 
 
 def _set_threads(threads: int) -> None:

@@ -67,7 +67,8 @@ class Artifact:
         path = self.path / name
         if not path.is_file():
             raise CorruptArtifact(
-                f"{self.ref}: {path} is listed in the record but missing; rebuild it with --force"
+                f"{self.ref}: {path} is listed in the record but missing; restore it, or build "
+                f"{self.stage} again with --force"
             )
         return path
 

@@ -54,7 +54,8 @@ class Say:
         if event["event"] == "log":
             self._early.append(f"{utc_now()} {event['level']}: {event['message']}\n")
             if self.file is not None:
-                with self.file.open("a", encoding="utf-8") as handle:
+                # A file name that is no UTF-8 gets into messages as lone surrogates.
+                with self.file.open("a", encoding="utf-8", errors="backslashreplace") as handle:
                     handle.writelines(self._early)
                 self._early.clear()
         if self.events is not None:
@@ -87,7 +88,9 @@ class Attempt:
     def run(self) -> Artifact:
         """Check the inputs, run the stage, publish."""
         started = utc_now()
-        require_intact([one for artifacts in self.inputs.values() for one in artifacts])
+        # A whole stage would have run before publishing found out.
+        self.store.require_place(self.stage.name, self.id)
+        self._take_intact()
         code = code_state(self.stage.run)
         tries = self._prepare(started, code["modules"])
         context = StageContext(
@@ -110,6 +113,17 @@ class Attempt:
             "peak_memory_bytes": float(hardware.peak_memory_bytes()),
         }
         return self._publish(started, code, tries, context.metrics, timings)
+
+    def _take_intact(self) -> None:
+        """Read only what is as published; another attempt with the same bytes stands in for a damaged one."""
+        given = [one for artifacts in self.inputs.values() for one in artifacts]
+        taken = dict(zip((one.path for one in given), require_intact(self.store, given), strict=True))
+        for one in given:
+            if taken[one.path] is not one:
+                self.say(f"{one.ref} is damaged; {taken[one.path].ref}, the same bytes, is read", "warning")
+        self.inputs = {
+            role: tuple(taken[one.path] for one in artifacts) for role, artifacts in self.inputs.items()
+        }
 
     def _prepare(self, started: str, modules: dict[str, str]) -> list[dict[str, Any]]:
         """Make the work folder ready and note this try in it. Returns all tries so far, this one last."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from infra import mend
 from infra.artifact import Artifact
 from infra.attempt import Attempt, Events, Say, interrupts
 from infra.config import StageConfig, split
@@ -83,7 +84,7 @@ def plan(
                 )
             bad = file_problems(hit, hash_content=False)
             if bad:
-                raise CorruptArtifact(f"{bad[0]}; rebuild it with --force")
+                raise CorruptArtifact(str(bad[0]))
         except CorruptArtifact as error:
             return Plan(stage.name, mark, id, None, (), (), sources, str(error), len(attempts))
         current = module_digests(source_file(stage.run))
@@ -135,10 +136,10 @@ def _build(
     given = check_inputs(stage, inputs)
     made = plan(store, stage, config, inputs)
     if made.problem and not force:
-        raise CorruptArtifact(made.problem)
+        raise CorruptArtifact(f"{made.problem}\n{mend.advice(store, f'{made.stage}@{made.id}')}")
     wanted = force or made.hit is None or (refresh and bool(made.drift))
     if not wanted and made.hit is not None:
-        _sweep(store, stage, made)
+        sweep(store, made)
         return _cached(made.hit, made.drift, say, began)
     with store.lock(
         stage.name, made.fingerprint, waiting=lambda who: say(f"waiting for {who}, which builds it")
@@ -187,10 +188,10 @@ def _tell_difference(made: Plan, artifact: Artifact, say: Say) -> None:
     say(f"{artifact.ref} differs from {made.hit.ref} in {listed} ({reason})", "warning")
 
 
-def _sweep(store: Store, stage: Stage, made: Plan) -> None:
-    """Remove what a process that died just after publishing left in work/."""
+def sweep(store: Store, made: Plan) -> None:
+    """Remove what a process that died just after publishing a hit left in work/."""
     work = store.work(made.id)
-    if work.exists():
-        with store.lock(stage.name, made.fingerprint, wait=False) as free:
+    if made.hit is not None and work.exists():
+        with store.lock(made.stage, made.fingerprint, wait=False) as free:
             if free:
                 shutil.rmtree(work, ignore_errors=True)

@@ -36,10 +36,13 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Sweep:
-    """kept: references that something needs, and what that is; garbage: the rest."""
+    """kept: references that something needs, and what that is; garbage: the rest; strays: what lies among the
+    artifacts, is none, and is somebody's to judge: it is never removed.
+    """
 
     kept: dict[str, str]
     garbage: tuple[Garbage, ...]
+    strays: tuple[Path, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -111,7 +114,7 @@ def plan_gc(store: Store, runs: int = 10, min_age_hours: float = 1.0, work_days:
         reason = _work_reason(store, folder, work_days)
         if reason:
             garbage.append(Garbage(folder, "", _size(folder), reason))
-    return Sweep(kept, tuple(garbage))
+    return Sweep(kept, tuple(garbage), tuple(store.strays()))
 
 
 def collect(store: Store, sweep: Sweep) -> tuple[list[Garbage], list[tuple[Garbage, str]]]:

@@ -67,11 +67,12 @@ def _row(record: Record) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _open(store: Store) -> Iterator[sqlite3.Connection]:
-    """The index, in step with the folders; in memory where its file cannot be used (a read-only store)."""
+    """The index, in step with the folders; in memory where its file cannot be used (a read-only
+    store, or one that is not there).
+    """
     path = store.home / "index.sqlite"
     connection = None
     try:
-        store.home.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(path, timeout=10)
         _refresh(store, connection)
     except (sqlite3.Error, OSError):

@@ -108,9 +108,9 @@ def _record(store: Store, ref: str) -> Record | None:
 
 
 def _names(store: Store) -> dict[str, tuple[str, ...]]:
-    """Promoted names by the reference they point at."""
+    """Promoted names by the reference they point at; a file that cannot be read names nothing."""
     found: dict[str, tuple[str, ...]] = {}
-    for name, document in store.names.all().items():
+    for name, document in store.names.all([]).items():
         found[document["artifact"]] = (*found.get(document["artifact"], ()), name)
     return found
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,14 @@ class Names:
             return None
         return self._document(f"names/{name}.json")
 
-    def all(self) -> dict[str, dict[str, Any]]:
-        """Every promoted name and its document."""
+    def all(self, unread: list[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Every promoted name and its document.
+
+        unread: where to say which files cannot be read, for callers that only look; without it StoreError.
+        """
         keys = [key for key in self._storage.keys("names", ".json") if not key.startswith(f"names/{_RUNS}/")]
-        documents = {key.removeprefix("names/").removesuffix(".json"): self._document(key) for key in keys}
-        return {name: document for name, document in documents.items() if document is not None}
+        documents = self._documents(keys, unread)
+        return {key.removeprefix("names/").removesuffix(".json"): one for key, one in documents.items()}
 
     def record_node(
         self,
@@ -140,14 +143,11 @@ class Names:
         """
         return self._document(f"names/{_RUNS}/{run}.json") if _SINGLE.fullmatch(run) else None
 
-    def runs(self) -> dict[str, dict[str, Any]]:
-        """Every run and its document, the one that was updated last first."""
-        names = [
-            key.rpartition("/")[2].removesuffix(".json")
-            for key in self._storage.keys(f"names/{_RUNS}", ".json")
-        ]
-        documents = {name: self.run(name) for name in names}
-        found = [(name, document) for name, document in documents.items() if document is not None]
+    def runs(self, unread: list[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Every run and its document, the one that was updated last first. `unread` is that of `all`."""
+        documents = self._documents(self._storage.keys(f"names/{_RUNS}", ".json"), unread)
+        found = [(key.rpartition("/")[2].removesuffix(".json"), one) for key, one in documents.items()]
+        found = [(name, one) for name, one in found if _SINGLE.fullmatch(name)]
         return dict(sorted(found, key=lambda item: item[1]["updated"], reverse=True))
 
     def require_run(self, run: str) -> dict[str, Any]:
@@ -160,6 +160,20 @@ class Names:
     @staticmethod
     def _new_run(run: str, now: str) -> dict[str, Any]:
         return {"run": run, "created": now, "updated": now, "info": {}, "nodes": {}}
+
+    def _documents(self, keys: Iterable[str], unread: list[str] | None) -> dict[str, dict[str, Any]]:
+        found = {}
+        for key in keys:
+            try:
+                document = self._document(key)
+            except StoreError as error:
+                if unread is None:
+                    raise
+                unread.append(str(error))
+                continue
+            if document is not None:
+                found[key] = document
+        return found
 
     def _document(self, key: str) -> dict[str, Any] | None:
         raw = self._storage.read(key)

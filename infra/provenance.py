@@ -5,8 +5,8 @@ Formats: in-toto Statement v1, SLSA provenance predicate v1, OpenLineage RunEven
 
 from __future__ import annotations
 
+import http.client
 import os
-import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -161,6 +161,16 @@ def _dataset(artifact: Artifact) -> dict[str, Any]:
     return {"namespace": _NAMESPACE, "name": artifact.ref, "facets": {"version": version}}
 
 
+def check_target(target: str) -> None:
+    """ConfigError when events cannot be sent to a target of this kind."""
+    try:
+        scheme = urllib.parse.urlsplit(target).scheme
+    except ValueError as error:
+        raise ConfigError(f"OpenLineage target {target!r}: {error}") from None
+    if scheme not in ("", "file", "http", "https"):
+        raise ConfigError(f"OpenLineage target {target!r}: use http://, https:// or the path of a file")
+
+
 def emit(event: Mapping[str, Any], target: str, timeout: float = 10.0) -> None:
     """Send an OpenLineage event where it was asked to go.
 
@@ -168,9 +178,10 @@ def emit(event: Mapping[str, Any], target: str, timeout: float = 10.0) -> None:
     file to which one line is appended.
 
     Raises HeadwaterError naming the target when it cannot be delivered; a caller that must not fail for that
-    says so in its log.
+    says so in its log. ConfigError for a target of another kind.
     """
     body = canonical_json(dict(event))
+    check_target(target)
     parts = urllib.parse.urlsplit(target)
     if parts.scheme in ("http", "https"):
         address = target if parts.path.strip("/") else target.rstrip("/") + "/api/v1/lineage"
@@ -180,11 +191,9 @@ def emit(event: Mapping[str, Any], target: str, timeout: float = 10.0) -> None:
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 answer.read()
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise HeadwaterError(f"OpenLineage event not delivered to {address}: {error}") from error
         return
-    if parts.scheme not in ("", "file"):
-        raise ConfigError(f"OpenLineage target {target!r}: use http://, https:// or the path of a file")
     path = Path(parts.path if parts.scheme == "file" else target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

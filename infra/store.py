@@ -19,6 +19,7 @@ from infra.imports import ROOT
 from infra.names import Names
 from infra.record import RECORD, Record
 from infra.storage import LocalStorage
+from infra.verify import require_unchanged
 
 _ID = re.compile(rf"([0-9a-f]{{{ID_LENGTH}}})(?:-([1-9][0-9]*))?")
 _FORMS = "a reference is run/node, a promoted name, stage@id or the path of an artifact's folder"
@@ -123,11 +124,29 @@ class Store:
         try:
             folder = self.storage.commit(payload, f"artifacts/{record.stage}/{record.id}", before)
         except FileExistsError:
-            raise StoreError(
-                f"{self.folder(record.stage, record.id)} is in the way of {record.ref}: it has appeared "
-                "since this build began, or is no artifact; remove it if it holds no record.json"
-            ) from None
+            raise StoreError(self._in_the_way(record.stage, record.id)) from None
         return Artifact.open(folder)
+
+    def require_place(self, stage: str, id: str) -> None:
+        """StoreError when an artifact could not be published because something is in its place."""
+        folder = self.folder(stage, id)
+        # A rename goes over an empty folder.
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise StoreError(self._in_the_way(stage, id))
+
+    def _in_the_way(self, stage: str, id: str) -> str:
+        return (
+            f"{self.folder(stage, id)} is in the way of {stage}@{id}: it has appeared since this build "
+            f"began, or is no artifact; move it elsewhere if it holds no {RECORD}"
+        )
+
+    def strays(self) -> list[Path]:
+        """What lies among the artifacts and is none, for it holds no record."""
+        found = []
+        for stage in self.stages():
+            folder = self.home / "artifacts" / stage
+            found += [path for path in folder.iterdir() if not (path / RECORD).is_file()]
+        return sorted(found)
 
     # References
 
@@ -162,12 +181,44 @@ class Store:
             return self._by_path(ref)
         raise UnknownReference(self._unknown(ref))
 
+    def own(self, ref: str) -> Artifact:
+        """Like `resolve`, for what is to be named or read by a build: it must lie in this store.
+
+        Raises StoreError saying what to do for the path of an artifact elsewhere, unless this store has it.
+        """
+        artifact = self.resolve(ref)
+        here = self.folder(artifact.stage, artifact.id)
+        if os.path.realpath(artifact.path) == os.path.realpath(here):
+            return artifact
+        if (here / RECORD).is_file():
+            mine = self.artifact(artifact.stage, artifact.id)
+            if mine.record.record_digest == artifact.record.record_digest:
+                return mine
+        other = self.around(artifact).home
+        where = (
+            "" if other == self.home else f" but in {other}: work there (--home {other}), or build it here"
+        )
+        raise StoreError(
+            f"{ref} does not lie in the store {self.home}{where}. What a name or an input means must be in "
+            "the store, with all that it was made from"
+        )
+
+    def around(self, artifact: Artifact) -> Store:
+        """The store that an artifact lies in, which is another one for a path; this one for a lone copy."""
+        folder = Path(os.path.realpath(artifact.path))
+        if folder.parts[-3:] != ("artifacts", artifact.stage, artifact.id):
+            return self
+        home = folder.parents[2]
+        return self if home == Path(os.path.realpath(self.home)) else Store(home)
+
     def promote(self, ref: str, name: str, by: str = "") -> Artifact:
         """Point a name at what `ref` means, keeping the name's history. Returns the artifact.
 
-        Raises StoreError for a name that a run's node already answers to.
+        Raises StoreError for a name that a run's node already answers to, or for an artifact elsewhere,
+        CorruptArtifact when its files are not what was published.
         """
-        artifact = self.resolve(ref)
+        artifact = self.own(ref)
+        require_unchanged(self, artifact)
         if self._node(name) is not None:
             raise StoreError(f"{name!r} is a node of a run; promote under another name")
         self.names.promote(artifact, name, by)
@@ -205,7 +256,7 @@ class Store:
 
     def _unknown(self, ref: str) -> str:
         """Why a reference means nothing, with what comes nearest."""
-        runs = self.names.runs()
+        runs = self.names.runs([])
         run, slash, node = ref.partition("/")
         if run in runs:
             nodes = {f"{run}/{one}" for one, entry in runs[run]["nodes"].items() if entry["artifact"]}
@@ -215,7 +266,7 @@ class Store:
                 status = runs[run]["nodes"][node]["status"]
                 return f"node {node!r} of run {run!r} has built nothing yet ({status})"
             return f"run {run!r} has no node {node!r}; {nearest(ref, nodes)}"
-        valid = [*self.names.all(), *self.refs()]
+        valid = [*self.names.all([]), *self.refs()]
         valid += [f"{one}/{node}" for one, document in runs.items() for node in document["nodes"]]
         return f"{ref!r} means nothing in {self.home}; {nearest(ref, valid)} ({_FORMS})"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra import mend
 from infra.artifact import Artifact
 from infra.errors import CorruptArtifact, StoreError
 from infra.files import sha256_file
@@ -37,6 +39,8 @@ class Verification:
     files: int
     bytes: int
     problems: tuple[Problem, ...]
+    # What is wrong with an attempt beside which another holds the same bytes, and which one that is.
+    healed: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -86,19 +90,56 @@ def _file_problem(
     return None
 
 
-def require_intact(artifacts: Sequence[Artifact]) -> None:
-    """Re-hash artifacts that are about to be read; CorruptArtifact naming artifact and file if anything is
-    off.
+def require_intact(store: Store, artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """Re-hash artifacts that are about to be read. Returns them, an intact attempt with the same fingerprint
+    and digest standing in for one that is damaged.
+
+    Raises CorruptArtifact naming artifact, file and what to do when there is none.
     """
-    once = {artifact.path: artifact for artifact in artifacts}.values()
-    problems = [problem for artifact in once for problem in file_problems(artifact)]
+    once: dict[Path, Artifact] = {}
+    problems: list[Problem] = []
+    for artifact in artifacts:
+        if artifact.path not in once:
+            once[artifact.path] = artifact
+            wrong = file_problems(artifact)
+            other = stand_in(store, artifact.ref, artifact.digest) if wrong else artifact
+            if other is None:
+                problems += wrong
+            else:
+                once[artifact.path] = other
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems[:10])
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CorruptArtifact(
-            f"an input is not what was published:\n{listed}{more}\n"
-            "Rebuild it with --force, or restore the file, then run again."
-        )
+        told = "\n".join(mend.advice(store, ref) for ref in dict.fromkeys(one.ref for one in problems))
+        raise CorruptArtifact(f"not what was published:\n{listed}{more}\n{told}")
+    return [once[artifact.path] for artifact in artifacts]
+
+
+def require_unchanged(store: Store, artifact: Artifact) -> None:
+    """Re-hash one artifact; CorruptArtifact if it is not what was published, whatever could stand in."""
+    wrong = file_problems(artifact)
+    if wrong:
+        listed = "\n".join(f"  {problem}" for problem in wrong[:10])
+        raise CorruptArtifact(f"not what was published:\n{listed}\n{mend.advice(store, artifact.ref)}")
+
+
+def stand_in(store: Store, ref: str, digest: str) -> Artifact | None:
+    """The newest other attempt at `ref` whose payload has that digest and is intact, None without one."""
+    stage, _, id = ref.partition("@")
+    for _, other in reversed(store.attempts(stage, id)):
+        if other == id:
+            continue
+        try:
+            found = store.artifact(stage, other)
+        except StoreError:
+            continue
+        if found.digest == digest and not _own_problems(found):
+            return found
+    return None
+
+
+def _own_problems(artifact: Artifact) -> list[Problem]:
+    return file_problems(artifact) + record_problems(artifact.record, str(artifact.path))
 
 
 def record_problems(record: Record, folder: str) -> list[Problem]:
@@ -122,39 +163,71 @@ def record_problems(record: Record, folder: str) -> list[Problem]:
 
 
 def verify(store: Store, artifact: Artifact) -> Verification:
-    """Re-hash an artifact and everything upstream of it; also check that each consumer's pins still hold."""
-    checked: list[str] = []
-    problems: list[Problem] = []
-    files = size = 0
+    """Re-hash an artifact and everything upstream of it; also check that each consumer's pins still hold.
+
+    An input that is damaged or gone counts as healed where another attempt holds the very bytes that were
+    read: what is downstream stays valid when its input is built again.
+    """
+    check = _Check(store)
+    check.problems += check.own(artifact)
     seen = {artifact.ref}
     todo = [artifact]
     while todo:
         one = todo.pop(0)
-        checked.append(one.ref)
-        files += len(one.record.files) + len(one.record.side_files)
-        size += one.record.size
-        problems += file_problems(one) + record_problems(one.record, str(one.path))
         for pin in one.record.inputs:
-            found = _follow(store, one, pin, problems)
+            found = check.follow(one, pin)
             if found is not None and found.ref not in seen:
                 seen.add(found.ref)
                 todo.append(found)
-    return Verification(tuple(checked), files, size, tuple(dict.fromkeys(problems)))
+    records = [one.record for one, _ in check.hashed.values()]
+    return Verification(
+        tuple(check.hashed),
+        sum(len(record.files) + len(record.side_files) for record in records),
+        sum(record.size for record in records),
+        tuple(dict.fromkeys(check.problems)),
+        tuple(check.healed.values()),
+    )
 
 
-def _follow(store: Store, reader: Artifact, pin: InputRef, problems: list[Problem]) -> Artifact | None:
-    """Open a pinned input, noting what does not match the pin; None when it cannot be opened."""
-    path = str(store.folder(pin.stage, pin.id))
-    try:
-        found = store.artifact(pin.stage, pin.id)
-    except CorruptArtifact as error:
-        problems.append(Problem(pin.ref, f"{path}/{RECORD}", "record", str(error)))
-        return None
-    except StoreError:
-        problems.append(Problem(pin.ref, path, "missing", f"read by {reader.ref} but no longer in the store"))
-        return None
-    if found.record.record_digest != pin.record or found.digest != pin.digest:
-        problems.append(
-            Problem(pin.ref, f"{path}/{RECORD}", "record", f"not the record that {reader.ref} was built from")
-        )
-    return found
+class _Check:
+    """What a verification has found so far."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.hashed: dict[str, tuple[Artifact, list[Problem]]] = {}
+        self.problems: list[Problem] = []
+        self.healed: dict[str, str] = {}
+
+    def own(self, artifact: Artifact) -> list[Problem]:
+        """What is wrong with an artifact by itself; each is hashed once."""
+        if artifact.ref not in self.hashed:
+            self.hashed[artifact.ref] = (artifact, _own_problems(artifact))
+        return self.hashed[artifact.ref][1]
+
+    def follow(self, reader: Artifact, pin: InputRef) -> Artifact | None:
+        """Open a pinned input, or what stands in for it, noting what is wrong; None when there is neither."""
+        found, wrong = self._open(reader, pin)
+        if not wrong:
+            return found
+        other = stand_in(self.store, pin.ref, pin.digest)
+        if other is None:
+            self.problems += wrong
+            return found
+        self.healed.setdefault(pin.ref, f"{wrong[0]}; {other.ref} holds the same bytes")
+        self.own(other)
+        return other
+
+    def _open(self, reader: Artifact, pin: InputRef) -> tuple[Artifact | None, list[Problem]]:
+        path = str(self.store.folder(pin.stage, pin.id))
+        try:
+            found = self.store.artifact(pin.stage, pin.id)
+        except CorruptArtifact as error:
+            return None, [Problem(pin.ref, f"{path}/{RECORD}", "record", str(error))]
+        except StoreError:
+            gone = f"read by {reader.ref} but no longer in the store"
+            return None, [Problem(pin.ref, path, "missing", gone)]
+        wrong = list(self.own(found))
+        if found.record.record_digest != pin.record or found.digest != pin.digest:
+            told = f"not the record that {reader.ref} was built from"
+            wrong.insert(0, Problem(pin.ref, f"{path}/{RECORD}", "record", told))
+        return found, wrong

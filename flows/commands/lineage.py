@@ -40,6 +40,7 @@ def lineage(
         raise ConfigError("lineage: give one of --json, --html, --mermaid and --provenance")
     store = open_store(write=False)
     artifact = store.resolve(ref)
+    store = store.around(artifact)
     graph = graphs.forward(store, artifact) if downstream else graphs.back(store, artifact)
     if as_json:
         text = json.dumps(graphs.to_json(graph), indent=2, ensure_ascii=False) + "\n"

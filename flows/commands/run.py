@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, HeadwaterError
 
 Sets = Annotated[
     list[str] | None,
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
+    context: typer.Context,
     preset: PresetName = "demo",
     name: Annotated[str, typer.Option("--run", help="Name of the run (default: the preset's).")] = "",
     start: Annotated[
@@ -59,7 +60,8 @@ def run(
         parallel=parallel,
         faults=dict(_fault(one) for one in fault or ()),
     )
-    request = Request(preset, tuple(sets or ()), name, options, prefect and not fault, openlineage)
+    home = str((context.parent and context.parent.params.get("home")) or "")
+    request = Request(preset, tuple(sets or ()), name, options, prefect and not fault, openlineage, home)
     raise typer.Exit(perform(request))
 
 
@@ -117,13 +119,13 @@ def report(
 ) -> None:
     """Report on a run as the store has it now."""
     from flows.report import gather
-    from flows.report_page import render
+    from flows.report_page import write
     from flows.terminal import print_report
-    from infra.files import atomic_write_text
     from infra.store import open_store
 
-    made = gather(open_store(), name)
-    atomic_write_text(made.page, render(made), points=None)
+    made = write(gather(open_store(), name))
+    if page and made.unwritten:
+        raise HeadwaterError(made.unwritten)
     if page:
         print(made.page)
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -60,7 +61,9 @@ def ls(
 
 
 def _ls_runs(store: Store, limit: int, as_json: bool) -> None:
-    runs = dict(list(store.names.runs().items())[: limit or None])
+    unread: list[str] = []
+    runs = dict(list(store.names.runs(unread).items())[: limit or None])
+    _warn(unread)
     if as_json:
         print(json.dumps(list(runs.values()), indent=2))
         return
@@ -75,11 +78,20 @@ def _ls_runs(store: Store, limit: int, as_json: bool) -> None:
 
 def show(
     ref: Annotated[str, typer.Argument(metavar="REF", help="An artifact by reference, or a run by name.")],
+    as_run: Annotated[
+        bool, typer.Option("--run", help="The run, where a promoted name is the same.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show an artifact's record, or the nodes of a run with their earlier attempts."""
+    """Show an artifact's record, or the nodes of a run with their earlier attempts.
+
+    What is both a promoted name and a run is the name, as it is for every other command.
+    """
     store = open_store(write=False)
-    run = store.names.run(ref)
+    run = store.names.require_run(ref) if as_run else store.names.run(ref)
+    if run is not None and not as_run and store.names.get(ref) is not None:
+        print(f"headwater: {ref} is a run too: headwater show {ref} --run", file=sys.stderr)
+        run = None
     if run is not None:
         if as_json:
             print(json.dumps(run, indent=2, sort_keys=True))
@@ -87,6 +99,7 @@ def show(
             _show_run(store, run)
         return
     artifact = store.resolve(ref)
+    store = store.around(artifact)
     if as_json:
         print(artifact.record.render().decode(), end="")
     else:
@@ -178,17 +191,25 @@ def diff(left: Ref, right: Ref, as_json: AsJson = False) -> None:
 
 def verify(ref: Ref, as_json: AsJson = False) -> None:
     """Re-hash an artifact and all it was built from. Exit code 1 if anything is not as published."""
+    from infra.mend import advice
     from infra.verify import verify as check
 
     store = open_store(write=False)
-    found = check(store, store.resolve(ref))
+    artifact = store.resolve(ref)
+    store = store.around(artifact)
+    found = check(store, artifact)
     if as_json:
         problems = [vars(one) for one in found.problems]
         said = {"checked": found.checked, "files": found.files, "bytes": found.bytes, "problems": problems}
+        said["healed"] = found.healed
         print(json.dumps(said, indent=2))
     else:
         for problem in found.problems:
             print(f"{problem.kind:<8} {problem}")
+        for text in found.healed:
+            print(f"healed   {text}")
+        for one in dict.fromkeys(problem.ref for problem in found.problems):
+            print(advice(store, one))
         state = "all as published" if found.ok else f"{len(found.problems)} problems"
         print(f"{len(found.checked)} artifacts, {found.files} files, {size(found.bytes)} re-hashed: {state}")
     if not found.ok:
@@ -221,6 +242,8 @@ def gc(
     sweep = plan_gc(store, runs, hours, days)
     for one in sweep.garbage:
         print(f"{size(one.bytes):>10}  {one.ref or one.path}  {one.reason}")
+    for path in sweep.strays:
+        print(f"no artifact (it has no record.json), left alone: {path}; move it elsewhere")
     if not delete:
         print(
             f"{len(sweep.garbage)} to remove, {size(sweep.bytes)}; {len(sweep.kept)} kept (--delete removes)"
@@ -247,13 +270,20 @@ def reindex() -> None:
 def _places(store: Store) -> dict[str, list[str]]:
     """The names that each artifact is known by: promoted ones, then run/node."""
     found: dict[str, list[str]] = {}
-    for name, document in store.names.all().items():
+    unread: list[str] = []
+    for name, document in store.names.all(unread).items():
         found.setdefault(document["artifact"], []).append(name)
-    for run, document in store.names.runs().items():
+    for run, document in store.names.runs(unread).items():
         for node, entry in document["nodes"].items():
             if entry["artifact"]:
                 found.setdefault(entry["artifact"], []).append(f"{run}/{node}")
+    _warn(unread)
     return found
+
+
+def _warn(unread: Iterable[str]) -> None:
+    for reason in unread:
+        print(f"headwater: left out: {reason}", file=sys.stderr)
 
 
 def figure(value: Any) -> str:

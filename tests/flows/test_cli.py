@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -53,7 +54,8 @@ def test_what_went_wrong_is_told_whole_once(headwater: Command) -> None:
     said = done.stderr + done.stdout
     assert said.count("Traceback (most recent call last)") == 1
     assert "left failed: ValueError: an unforeseen number" in said
-    assert f"when it is mended: headwater run --preset {TOY} --from left" in said
+    again = f"headwater run --preset {TOY} --set left.crash=exception --no-prefect"
+    assert f"when it is mended: {again}\n" in said
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("left ")]
     assert row.rstrip().endswith("ValueError: an unforeseen number")
     done = headwater("stage", "left", "--run", "toy")
@@ -156,12 +158,21 @@ def test_lineage_in_every_form(headwater: Command, store: Store, tmp_path: Path)
 
 
 def test_verify_finds_a_flipped_byte(quick: Toy, headwater: Command) -> None:
+    ran(headwater("run", "--preset", str(TOY), "--no-prefect"))
     result, _ = quick()
     victim = result.outcomes["left"].artifact.path / "numbers.json"
     content = bytearray(victim.read_bytes())
     content[-2] ^= 1
     victim.write_bytes(content)
-    assert str(victim) in ran(headwater("verify", "toy/last"), code=1)
+    found = headwater("verify", "toy/last")
+    assert str(victim) in ran(found, code=1)
+    # Following the advice heals it, though what is downstream still pins the damaged attempt.
+    (advised,) = [line for line in found.stdout.splitlines() if " again: headwater " in line]
+    words = shlex.split(advised.partition(" again: headwater ")[2])
+    ran(headwater(*words, "--no-prefect"))
+    done = headwater("verify", "toy/last")
+    assert "all as published" in ran(done)
+    assert f"healed   {result.outcomes['left'].artifact.ref}: {victim}: content changed" in done.stdout
 
 
 def test_promote_and_gc(quick: Toy, headwater: Command, store: Store) -> None:
@@ -323,3 +334,51 @@ def test_the_command_is_installed() -> None:
         "Usage: headwater"
         in subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60).stdout
     )
+
+
+def test_one_file_that_cannot_be_read_hides_no_other(quick: Toy, headwater: Command, store: Store) -> None:
+    result, _ = quick(stop=("left",))
+    (store.home / "names" / "runs" / "torn.json").write_text("{")
+    for arguments in (("ls",), ("ls", "--runs"), ("show", "toy/left"), ("lineage", "toy/left")):
+        done = headwater(*arguments)
+        assert ("toy" if "--runs" in arguments else result.outcomes["left"].artifact.ref) in ran(done)
+        assert ("names/runs/torn.json: not readable as JSON" in done.stderr) is (arguments[0] != "lineage")
+    done = headwater("gc")
+    ran(done, code=1)
+    assert "names/runs/torn.json" in done.stderr, "what a run needs must be known before anything goes"
+
+
+def test_looking_makes_no_home(headwater: Command, home: Path) -> None:
+    for arguments in (("ls",), ("ls", "--runs")):
+        ran(headwater(*arguments))
+    ran(headwater("show", "x"), code=1)
+    assert not home.exists()
+
+
+def test_a_path_into_another_store(quick: Toy, headwater: Command, store: Store, tmp_path: Path) -> None:
+    result, _ = quick()
+    last = str(result.outcomes["last"].artifact.path)
+    here = ("--home", str(tmp_path / "here"))
+    assert "5 artifacts" in ran(headwater(*here, "verify", last))
+    assert "source@" in ran(headwater(*here, "lineage", last))
+    assert "toy/last" in ran(headwater(*here, "show", last))
+    done = headwater(*here, "promote", last, "best")
+    ran(done, code=1)
+    assert f"but in {store.home}: work there (--home {store.home})" in done.stderr
+    preset = tmp_path / "from_path.yaml"
+    nodes = f"nodes:\n  more: {{stage: slow, inputs: {{numbers: '@{last}'}}}}\n"
+    preset.write_text(f"stages: ['{TOY.parent}']\n{nodes}")
+    done = headwater(*here, "run", "--preset", str(preset), "--no-prefect")
+    ran(done, code=1)
+    assert f"but in {store.home}: work there" in done.stderr
+
+
+def test_a_name_that_a_run_has_too_is_the_name(quick: Toy, headwater: Command, store: Store) -> None:
+    result, _ = quick(stop=("left",))
+    assert "node" in ran(headwater("show", "toy"))
+    store.promote("toy/left", "toy")
+    done = headwater("show", "toy")
+    assert ran(done).splitlines()[0].endswith(result.outcomes["left"].artifact.ref)
+    assert "headwater show toy --run" in done.stderr
+    assert ran(headwater("show", "toy", "--run")).split()[0] == "node"
+    assert headwater("show", "toy").stdout.split()[1] in ran(headwater("lineage", "toy"))

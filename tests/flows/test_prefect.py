@@ -150,7 +150,7 @@ def test_every_stage_every_node_and_every_preset_is_deployed(up: Up) -> None:
     assert len([one for one in found.values() if one["name"] == "stage"]) == len(stages())
     presets = [load(name) for name in shipped()]
     assert {f"{preset.name}-{node}" for preset in presets for node in preset.nodes} <= names
-    assert {*shipped(), "toy", "refresh"} <= names
+    assert {*shipped(), "toy", "nightly"} <= names
     assert all(one["pull_steps"] for one in found.values())
 
 
@@ -174,7 +174,8 @@ def test_a_nodes_form_is_filled_in(up: Up) -> None:
 
 
 def test_the_cron_deployment_gets_scheduled_runs(up: Up) -> None:
-    refresh = up.deployment("pipeline/refresh")
+    refresh = up.deployment("refresh/nightly")
+    assert refresh["parameters"] == {"runs": [*shipped(), "toy"]}
     assert [one["schedule"]["cron"] for one in refresh["schedules"]] == ["0 3 * * *"]
     query = {
         "deployments": {"id": {"any_": [refresh["id"]]}},
@@ -185,6 +186,23 @@ def test_the_cron_deployment_gets_scheduled_runs(up: Up) -> None:
         assert time.monotonic() < until, "the scheduler has made no runs"
         time.sleep(0.5)
     assert all(run["auto_scheduled"] for run in runs)
+
+
+def test_a_refresh_runs_again_what_there_is_as_it_was_and_begins_nothing(up: Up) -> None:
+    command = [sys.executable, "-P", "-m", "flows.cli", "run", "--preset", str(TOY), "--no-prefect"]
+    command += ["--set", "left.count=7", "--to", "left"]
+    done = subprocess.run(command, env=environment(up.home), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    store = Store(up.home)
+    before, refs = store.names.run("toy"), store.refs()
+    assert up.wait(up.start("refresh/nightly", {}), ENDED) == "COMPLETED"
+    after = store.names.run("toy")
+    assert store.refs() == refs
+    assert after["info"]["sets"] == ["left.count=7"]
+    assert after["nodes"]["left"]["artifact"] == before["nodes"]["left"]["artifact"]
+    assert after["updated"] > before["updated"]
+    assert list(after["nodes"]) == ["left"]
+    assert not set(shipped()) & set(store.names.runs())
 
 
 def test_two_pipelines_of_one_preset_queue(up: Up) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import re
@@ -21,7 +22,7 @@ from flows.report import Curve, Report, Row, Sample, gather, read_jsonl
 from flows.report_page import duration, number, render
 from flows.terminal import Terminal, print_report, sparkline
 from infra.artifact import Artifact
-from infra.errors import StoreError
+from infra.errors import DiskFull, StoreError
 from infra.record import FileEntry, InputRef
 from infra.store import Store
 
@@ -279,3 +280,36 @@ def test_sparklines_numbers_and_times() -> None:
         "2 h 01 min",
     ]
     assert report_page.label("pass_at_1") == "pass at 1"
+
+
+def test_a_page_that_cannot_be_written_costs_a_warning(
+    quick: Toy, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = quick()
+
+    def full(path: Path, text: str, points: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(report_page, "atomic_write_text", full)
+    made = finish(store, result)
+    assert "No space left on device" in made.unwritten
+    assert "`headwater report toy` writes it" in made.unwritten
+    out = io.StringIO()
+    print_report(made, Console(file=out, width=1000))
+    assert made.unwritten in out.getvalue()
+    assert "report  /" not in out.getvalue()
+
+
+def test_a_run_that_cannot_be_noted_is_reported_all_the_same(
+    quick: Toy, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = quick()
+
+    def full(*given: Any, **more: Any) -> None:
+        raise DiskFull("no space left while writing names/")
+
+    monkeypatch.setattr(type(store.names), "describe_run", full)
+    monkeypatch.setattr(type(store.names), "promote", full)
+    made = finish(store, result)
+    assert [gate["holds"] for gate in made.gates] == [True]
+    assert made.promotion == "not promoted to answer: no space left while writing names/"

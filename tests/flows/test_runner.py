@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flows import runner
+from flows import runner, single
 from flows.execute import Outcome, Task
 from flows.preset import load
 from flows.runner import Options, Pipeline, explain, figure, places
@@ -174,7 +174,7 @@ def test_a_changed_artifact_is_refused_as_an_input_naming_the_file(toy: Toy) -> 
     assert statuses(result)["train"] == "failed"
     assert str(victim) in result.outcomes["train"].error
     victim.write_bytes(b"shorter")
-    with pytest.raises(CorruptArtifact, match=r"left: .*numbers\.json.*--force"):
+    with pytest.raises(CorruptArtifact, match=r"(?s)left: .*numbers\.json.*--from left --to left --force"):
         toy()
     result, _ = toy(stop=("left",), force=True)
     assert statuses(result) == {"left": "built"}
@@ -315,3 +315,19 @@ def test_a_reference_can_stand_for_a_node(tmp_path: Path, quick: Toy, store: Sto
     made = Recorder(store, str(path)).run().pipeline.result().outcomes["more"].artifact
     assert made.record.inputs[0].id == result.outcomes["train"].artifact.id
     assert runner.explain(store, load(str(path)), "more")[0].startswith("more: in the store")
+
+
+def test_a_node_on_its_own_takes_no_settings_of_others(quick: Toy, store: Store) -> None:
+    quick()
+    with pytest.raises(ConfigError, match=r"--set control\.steps=1: this builds train alone"):
+        single.from_run(store, "toy", "train", ["control.steps=1"])
+    assert single.from_run(store, "toy", "train", ["train.steps=9"]).nodes["train"].config.steps == 9
+    assert single.from_run(store, "toy", "train", ["defaults.seed=9"]).nodes["train"].config.seed == 9
+
+
+def test_a_cached_run_tidies_up_after_a_kill_just_after_publishing(quick: Toy, store: Store) -> None:
+    result, _ = quick(stop=("left",))
+    work = store.work(result.outcomes["left"].artifact.id)
+    (work / "scratch").mkdir(parents=True)
+    quick(stop=("left",))
+    assert not work.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from flows.preset import load
+from flows.runner import Pipeline
 from flows.worker import Job
 from infra.store import Store
 from tests.flows.conftest import TOY, environment
@@ -146,3 +149,23 @@ def test_a_worker_whose_parent_is_another_process_does_not_start(tmp_path: Path,
     done = work(tmp_path, home, stage="source", parent=os.getppid())
     assert done.returncode == 130
     assert done.stdout == ""
+
+
+def test_a_message_of_any_length_and_kind_gets_through(tmp_path: Path, home: Path) -> None:
+    folder = tmp_path / "stages"
+    folder.mkdir()
+    talk = 'context.log("a" * 40_000_000 + "z"); context.log("\\udcff.txt")'
+    (folder / "show.py").write_text(SHOW_THREADS.replace("import os, sys\n", f"import os, sys; {talk}\n"))
+    (folder / "one.yaml").write_text("stages: [.]\nnodes: {show: {}}\n")
+    said: list[str] = []
+    pipeline = Pipeline(
+        Store(home),
+        load(str(folder / "one.yaml")),
+        listen=lambda node, event: said.append(str(event.get("message"))),
+    )
+    assert asyncio.run(pipeline.execute()).ok
+    (long,) = [one for one in said if one.startswith("aaa")]
+    assert len(long) < 70_000
+    assert "a ... (39,936,001 characters cut) ... a" in long
+    assert long.endswith("az")
+    assert "\\udcff.txt" in said

@@ -206,7 +206,7 @@ def test_a_flipped_byte_in_an_input_is_refused_naming_the_file(store: Store, wor
 
 def test_a_damaged_hit_is_refused_and_force_replaces_it(store: Store, words: Artifact) -> None:
     (words.path / "stats.json").unlink()
-    with pytest.raises(CorruptArtifact, match=r"stats\.json.*rebuild it with --force"):
+    with pytest.raises(CorruptArtifact, match=r"(?s)stats\.json.*build words@.* again: .*--force"):
         build(store, WORDS, WordsConfig(), {})
     (words.path / "record.json").write_text("{}")
     with pytest.raises(CorruptArtifact, match=r"record\.json: it was changed after publishing"):
@@ -311,3 +311,12 @@ def test_planning_loads_no_heavy_library(store: Store, words: Artifact) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_message_that_is_no_text_does_not_end_the_stage(store: Store) -> None:
+    def talk(config: WordsConfig, context: StageContext) -> None:
+        context.log("file \udcff.txt")
+        context.write_json("x.json", 1)
+
+    made = build(store, Stage("talk", 1, WordsConfig, talk), WordsConfig(), {}).artifact
+    assert "file \\udcff.txt" in made.file("logs/stage.log").read_text()

@@ -112,3 +112,8 @@ def test_what_cannot_be_sent_says_where_to(tmp_path: Path) -> None:
         emit(event, str(tmp_path))
     with pytest.raises(ConfigError, match="use START"):
         lineage_event("DONE", job="j", run=str(uuid.uuid4()))
+
+
+def test_an_address_that_is_none_is_named() -> None:
+    with pytest.raises(HeadwaterError, match=r"not delivered to http://127\.0\.0\.1:port"):
+        emit({"a": 1}, "http://127.0.0.1:port")

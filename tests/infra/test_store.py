@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from infra.artifact import Artifact
 from infra.build import build
 from infra.errors import StoreError, UnknownReference
 from infra.files import atomic_write_json
+from infra.gc import collect, plan_gc
 from infra.store import Store, default_home, open_store
 from tests.infra.toys import WORDS, WordsConfig
 
@@ -196,8 +198,13 @@ def test_something_in_the_way_is_not_overwritten(store: Store) -> None:
     folder = store.folder("words", plan(store, WORDS, WordsConfig(), {}).id)
     folder.mkdir(parents=True)
     (folder / "precious").write_text("x")
+    ran: list[str] = []
+    stage = dataclasses.replace(WORDS, run=lambda config, context: ran.append("it"))
     with pytest.raises(StoreError, match="is in the way"):
-        build(store, WORDS, WordsConfig(), {})
+        build(store, stage, WordsConfig(), {})
+    assert not ran, "it is found before the stage runs"
+    assert plan_gc(store).strays == (folder,)
+    collect(store, plan_gc(store, min_age_hours=0))
     assert [path.name for path in folder.iterdir()] == ["precious"]
 
 
@@ -213,3 +220,23 @@ def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StoreError, match="HEADWATER_HOME"):
             open_store(bad)
+
+
+def test_what_lies_in_another_store_is_looked_at_there_and_not_named_here(
+    store: Store, words: Artifact, tmp_path: Path
+) -> None:
+    import shutil
+
+    here = open_store(tmp_path / "here")
+    found = here.resolve(str(words.path))
+    assert here.around(found).home == store.home
+    assert store.around(words) is store
+    for use in (here.own, lambda ref: here.promote(ref, "live")):
+        with pytest.raises(StoreError, match=rf"but in {store.home}: work there \(--home"):
+            use(str(words.path))
+    assert here.names.get("live") is None
+    shutil.copytree(words.path, tmp_path / "copy")
+    with pytest.raises(StoreError, match=rf"does not lie in the store {here.home}\. "):
+        here.own(str(tmp_path / "copy"))
+    assert store.own(str(tmp_path / "copy")).path == words.path, "the store has this very artifact"
+    assert store.own(str(words.path)).ref == words.ref

@@ -12,10 +12,11 @@ from infra.artifact import Artifact
 from infra.build import build
 from infra.errors import CorruptArtifact
 from infra.files import render_json
+from infra.mend import advice
 from infra.record import self_digest
 from infra.store import Store
 from infra.verify import require_intact, verify
-from tests.infra.toys import TRAIN, TrainConfig
+from tests.infra.toys import TRAIN, WORDS, TrainConfig, WordsConfig
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_missing_extra_and_resized_files(store: Store, words: Artifact, trained:
         ("extra", "late.png"),
     }
     with pytest.raises(CorruptArtifact) as caught:
-        require_intact([words])
+        require_intact(store, [words])
     for name in ("stats.json", "more.txt", "000.txt"):
         assert name in str(caught.value)
     (words.path / "link").symlink_to("/etc")
@@ -99,3 +100,50 @@ def test_a_payload_and_record_exchanged_together(store: Store, words: Artifact, 
     path.write_bytes(render_json(data))
     details = {problem.detail for problem in verify(store, trained).problems}
     assert "its digest does not follow from its content" in details
+
+
+def flip(artifact: Artifact, name: str) -> None:
+    raw = bytearray((artifact.path / name).read_bytes())
+    raw[0] ^= 1
+    (artifact.path / name).write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", ["payload", "record", "gone"])
+def test_an_input_that_was_built_again_is_healed(
+    store: Store, words: Artifact, trained: Artifact, damage: str
+) -> None:
+    if damage != "gone":
+        flip(words, {"payload": "stats.json", "record": "record.json"}[damage])
+        assert not verify(store, trained).ok
+    again = build(store, WORDS, WordsConfig(), {}, force=True).artifact
+    if damage == "gone":
+        shutil.rmtree(words.path)
+    found = verify(store, trained)
+    assert found.ok
+    (told,) = found.healed
+    assert told.startswith(f"{words.ref}: ")
+    assert told.endswith(f"{again.ref} holds the same bytes")
+    flip(again, "stats.json")
+    assert not verify(store, trained).ok, "both are damaged now"
+
+
+def test_an_intact_attempt_is_read_in_place_of_a_damaged_one(store: Store, words: Artifact) -> None:
+    flip(words, "stats.json")
+    with pytest.raises(CorruptArtifact, match=rf"build {words.ref} again: .*stage words.*--force"):
+        build(store, TRAIN, TrainConfig(), {"words": [words]})
+    again = build(store, WORDS, WordsConfig(), {}, force=True).artifact
+    said: list[str] = []
+    made = build(
+        store, TRAIN, TrainConfig(), {"words": [words]}, events=lambda event: said.append(str(event))
+    ).artifact
+    assert [pin.ref for pin in made.record.inputs] == [again.ref]
+    assert any(f"{words.ref} is damaged; {again.ref}, the same bytes, is read" in one for one in said)
+
+
+def test_the_advice_is_the_whole_command(store: Store, words: Artifact) -> None:
+    store.names.describe_run("mine", preset="demo", name="demo", sets=["a.b=c d"])
+    store.names.record_node("mine", "first", stage="words", status="built", artifact=words)
+    again = f"headwater --home {store.home} run --preset demo --run mine --set 'a.b=c d' "
+    again += "--from first --to first --force"
+    assert advice(store, words.ref) == f"restore the file, or build {words.ref} again: {again}"
+    assert advice(store, f"{words.ref}-2").endswith(again)

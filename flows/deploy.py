@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import ConcurrencyLimitStrategy, Concurrency
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists
 
 from flows import deployed
 from flows.preset import load
@@ -58,7 +58,6 @@ async def deploy(presets: Sequence[str]) -> list[str]:
             runs.append(preset.name)
         schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron=REFRESH_CRON), slug="nightly")
         made.append(await _pipeline(client, "refresh", "nightly", {"runs": runs}, [schedule]))
-        await _drop(client, "pipeline/refresh")
         await _watch_lost_runs(client)
     return made
 
@@ -66,12 +65,6 @@ async def deploy(presets: Sequence[str]) -> list[str]:
 async def _pool(client: PrefectClient) -> None:
     with contextlib.suppress(ObjectAlreadyExists):
         await client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-
-
-async def _drop(client: PrefectClient, name: str) -> None:
-    """Remove a deployment of earlier versions: this one ran a preset without the settings of its run."""
-    with contextlib.suppress(ObjectNotFound):
-        await client.delete_deployment((await client.read_deployment_by_name(name)).id)
 
 
 async def _pipeline(

@@ -24,6 +24,7 @@ An input that starts with `@` is a reference into the store instead of a node.
 from __future__ import annotations
 
 import importlib.resources
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +158,17 @@ def load(name_or_path: str, sets: Sequence[str] = ()) -> Preset:
         promote=read_promotion(document.get("promote"), nodes, f"{where}: promote"),
         gates=read_gates(document.get("gates"), nodes, f"{where}: gates"),
         source=name_or_path if name_or_path in shipped() else str(Path(name_or_path).absolute()),
-        sets=tuple(sets),
+        sets=tuple(_as_taken(path, value, text, nodes) for path, value, text in settings),
     )
+
+
+def _as_taken(path: Sequence[str], value: Any, text: str, nodes: Mapping[str, Node]) -> str:
+    """A setting as its config took it: a relative path has become absolute, and means the same elsewhere."""
+    node = nodes.get(path[0])
+    taken = getattr(node.config, path[1], value) if node is not None and len(path) == 2 else value
+    if isinstance(value, str) and isinstance(taken, str) and taken != value:
+        return f"{'.'.join(path)}={json.dumps(taken, ensure_ascii=False)}"
+    return text
 
 
 def _source(name_or_path: str) -> tuple[str, str, Path]:

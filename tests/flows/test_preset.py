@@ -214,3 +214,13 @@ def test_every_shipped_preset_loads() -> None:
 
 def test_settings_split_at_the_first_equals_sign() -> None:
     assert read_settings(["a.b=c=d"]) == [(["a", "b"], "c=d", "a.b=c=d")]
+
+
+def test_a_relative_path_in_a_setting_is_kept_as_an_absolute_one(tmp_path, monkeypatch):
+    """So that a run can be taken up again from another folder."""
+    (tmp_path / "corpus").mkdir()
+    monkeypatch.chdir(tmp_path)
+    taken = load("smoke", ["ingest.sources=corpus", "sft.epochs=3"])
+    assert taken.sets == (f'ingest.sources="{tmp_path / "corpus"}"', "sft.epochs=3")
+    monkeypatch.chdir("/")
+    assert load("smoke", taken.sets).nodes["ingest"].config == taken.nodes["ingest"].config

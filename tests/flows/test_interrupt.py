@@ -140,7 +140,7 @@ def test_a_failure_says_how_to_go_on(started: Callable[..., subprocess.Popen[str
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "left failed: source: the numbers have run out" in errors
-    assert f"headwater run --preset {TOY} --from left --set left.crash=error" in errors
+    assert f"headwater run --preset {TOY} --set left.crash=error --no-prefect" in errors
 
 
 # The leash itself

@@ -129,8 +129,10 @@ SCORES = {"pass_at_1": 0.4, "pass_at_1_system": 0.9, "reasoned": 0.25, "format":
 
 def made(artifact: Artifact, stage: str, id: str, reads: dict[str, str], **metrics: float) -> Artifact:
     """An artifact of a stage that read others in the given roles, with these figures in its record."""
-    inputs = tuple(InputRef(role, *ref.split("@"), "", "") for role, ref in reads.items())
-    changed = {"stage": stage, "id": id, "inputs": inputs, "metrics": metrics}
+    inputs = tuple(InputRef(role, *ref.split("@"), ref, "") for role, ref in reads.items())
+    # A later attempt, `id-2`, came out with the same bytes.
+    digest = f"{stage}@{id.partition('-')[0]}"
+    changed = {"stage": stage, "id": id, "digest": digest, "inputs": inputs, "metrics": metrics}
     return dataclasses.replace(artifact, record=dataclasses.replace(artifact.record, **changed))
 
 
@@ -142,22 +144,31 @@ def scored(artifact: Artifact, id: str, checkpoint: str, **metrics: float) -> Ar
 def reinforced(artifact: Artifact) -> list[Artifact]:
     """What a run with reinforcement learning and its control leaves, as far as it matters here."""
     return [
-        made(artifact, "sft", "first", {"base": "extend@1"}, forward_passes=5.0),
-        made(artifact, "grpo", "rl", {"policy": "sft@first", "problems": "tasks@1"}, forward_passes=80.0),
-        made(artifact, "sft", "more", {"base": "sft@first"}, forward_passes=100.0),
-        scored(artifact, "a", "sft@first"),
-        scored(artifact, "b", "grpo@rl", pass_at_1=0.85, reasoned=0.955),
+        made(artifact, "sft", "first", {"base": "extend@1"}, token_passes=5.0),
+        made(artifact, "grpo", "rl", {"policy": "sft@first", "reward": "reward@judge"}, token_passes=70.0),
+        made(artifact, "sft", "more", {"base": "sft@first"}, token_passes=100.0),
+        scored(artifact, "a", "sft@first", pass_at_1_sorting=0.3),
+        scored(artifact, "b", "grpo@rl", pass_at_1=0.85, reasoned=0.955, pass_at_1_sorting=0.7),
         scored(artifact, "c", "sft@more", pass_at_1=0.5),
     ]
 
 
 def test_what_reinforcement_learning_brought_is_told_from_the_records(quick: Toy, store: Store) -> None:
     result, _ = quick(stop=("left",))
-    listed = reinforced(result.outcomes["left"].artifact)
+    artifact = result.outcomes["left"].artifact
+    # What the reward model cost is part of what reinforcement learning cost.
+    judge = made(artifact, "reward", "judge", {"policy": "sft@first"}, token_passes=10.0)
+    listed = [*reinforced(artifact), judge]
     (told,) = gains(reversed(listed))
     assert "the SFT model reasons in 25.0% of answers and is right in 40.0% (with the prompt 90.0%)" in told
     assert "after GRPO it reasons unasked in 95.5% and is right in 85.0%" in told
-    assert "at 1.25 times the extra compute (forward passes), gives 50.0%" in told
+    assert "at 1.25 times the extra compute (passes over a token), gives 50.0%" in told
+    assert "By family, before and after GRPO: sorting 30.0% to 70.0%" in told
+    # A second attempt with the same bytes was evaluated with the first.
+    again = made(
+        artifact, "grpo", "rl-2", {"policy": "sft@first", "reward": "reward@judge"}, token_passes=70.0
+    )
+    assert gains([one for one in listed if one.stage != "grpo"] + [again]) == (told,)
     shown = dataclasses.replace(finish(store, result), gains=(told,))
     out = io.StringIO()
     print_report(shown, Console(file=out, width=1000))
@@ -173,7 +184,7 @@ def test_nothing_is_told_that_was_not_compared_like_with_like(quick: Toy) -> Non
         assert gains(listed[:left_out] + listed[left_out + 1 :]) == (), listed[left_out].ref
     elsewhere = {"checkpoint": "sft@more", "problems": "tasks@2"}
     assert gains([*listed[:-1], made(artifact, "evaluate", "c", elsewhere, **SCORES)]) == ()
-    from_other = made(artifact, "sft", "more", {"base": "sft@other"}, forward_passes=100.0)
+    from_other = made(artifact, "sft", "more", {"base": "sft@other"}, token_passes=100.0)
     assert gains([*listed[:2], from_other, *listed[3:]]) == ()
 
 

@@ -6,8 +6,9 @@ Legend: N rows, T positions.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,20 @@ class Conversation:
     thought: str
     answer: str
     system: str = ""
+
+
+def drop_prompts(samples: Sequence[Conversation], share: float, seed: int) -> list[Conversation]:
+    """The samples, `share` of the reasoned ones without their system prompt; a function of sample and seed.
+
+    What a policy never samples is never reinforced: without these, reasoning unasked can be too rare for
+    reinforcement learning to find.
+    """
+
+    def dropped(sample: Conversation) -> bool:
+        rng = random.Random(f"{seed}/prompt/{sample.prompt}/{sample.thought}")
+        return bool(sample.system and sample.thought) and rng.random() < share
+
+    return [replace(sample, system="") if dropped(sample) else sample for sample in samples]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,13 @@ class SFTStageConfig(ModelStageConfig):
         default_factory=list,
         description="Families whose known answers join as direct samples (those without reasoning)",
     )
+    prompt_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of reasoned samples shown without their system prompt, so that reasoning unasked is "
+        "common enough for reinforcement learning to find",
+    )
     checkpoint_every: int = placement(25, gt=0, description="Steps between checkpoints")
 
 
@@ -41,13 +48,15 @@ def run(config: SFTStageConfig, context: StageContext) -> None:
     from model.optim.build import OptimizerConfig, build_optimizer
     from post_training import problem_sets
     from post_training.samples import read_samples
-    from post_training.sft import Conversation, PackedSamples, SFTConfig, fine_tune
+    from post_training.sft import Conversation, PackedSamples, SFTConfig, drop_prompts, fine_tune
 
     base = context.input("base")
     tokenizer = ChatTokenizer(base.file("tokenizer.json"))
     samples: list[Conversation] = []
     for artifact in context.inputs_of("samples"):
-        samples += read_samples(artifact.file("samples.parquet"))
+        samples += drop_prompts(
+            read_samples(artifact.file("samples.parquet")), config.prompt_dropout, config.seed
+        )
     problems = [p for a in context.inputs_of("problems") for p in problem_sets.read(a.file("train.parquet"))]
     for family in config.direct_families:
         direct = [Conversation(p.prompt, "", p.boxed) for p in problems if p.family == family]

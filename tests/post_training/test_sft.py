@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from infra.errors import HeadwaterError
 from model.loss import next_token_losses
 from model.optim.build import Optimizer, OptimizerConfig
 from model.transformer import Transformer
-from post_training.sft import Conversation, PackedSamples, SFTConfig, fine_tune
+from post_training.sft import Conversation, PackedSamples, SFTConfig, drop_prompts, fine_tune
 from post_training.tasks.problem import SYSTEM
 from tests.post_training.small import Stopped, ignore, reversal, same_weights, small_model, stop_at
 
@@ -163,6 +164,19 @@ def test_fine_tuning_trains_each_sample_as_if_alone(
     assert position.step == 1
     # The loss of the first step is that of the weights before it.
     assert json.loads(log.read_text())["loss"] == pytest.approx(sum(losses) / targets, rel=1e-5)
+
+
+def test_prompts_are_dropped_from_reasoned_samples_alone() -> None:
+    reasoned = [Conversation(f"Reverse {i}.", "1 2", "21", "think") for i in range(1000)]
+    others = [Conversation("a", "", "b", "think"), Conversation("a", "t", "b")]
+    found = drop_prompts([*reasoned, *others], 0.1, seed=3)
+    assert found[1000:] == others
+    without = [sample.prompt for sample in found[:1000] if not sample.system]
+    assert 70 < len(without) < 130
+    assert [replace(sample, system="think") for sample in found[:1000]] == reasoned
+    assert drop_prompts(reasoned[::-1], 0.1, seed=3) == found[:1000][::-1]
+    assert drop_prompts(reasoned, 0.1, seed=4) != found[:1000]
+    assert drop_prompts(reasoned, 0.0, seed=3) == reasoned
 
 
 def test_steps() -> None:

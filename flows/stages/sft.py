@@ -32,8 +32,8 @@ class SFTStageConfig(ModelStageConfig):
         0.0,
         ge=0,
         le=1,
-        description="Share of reasoned samples shown without their system prompt, so that reasoning unasked is "
-        "common enough for reinforcement learning to find",
+        description="Share of reasoned samples shown without their system prompt, so that reasoning unasked "
+        "is common enough for reinforcement learning to find",
     )
     checkpoint_every: int = placement(25, gt=0, description="Steps between checkpoints")
 

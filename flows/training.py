@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from model.train import Position
     from model.transformer import Transformer
 
-_CURVES = ("loss", "watched_loss", "mtp_loss")
+_CURVES = ("loss", "watched_loss", "watched_loss_ema", "mtp_loss")
 
 
 def progress(
@@ -72,7 +72,7 @@ def publish_training(
         points = [(line["tokens"], line[key]) for line in lines if key in line]
         if points and any(value for _, value in points):
             xs, ys = zip(*points, strict=True)
-            series[key.replace("_", " ")] = (xs, plots.smooth(ys) if key != "watched_loss" else ys)
+            series[key.replace("_", " ")] = (xs, plots.smooth(ys) if not key.startswith("watched") else ys)
     plots.curves(context.out / "plots" / f"{name}.png", series, "tokens", unit)
     speeds = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
     if speeds:

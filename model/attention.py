@@ -28,14 +28,8 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T scale) v with a causal mask, or `mask` (bool, broadcast to [B, H, T, T]) -> [B, H, T, V].
 
-    The fused kernels want equal widths, so narrower values are padded with zeros: at 192/128 that costs a
-    quarter more memory traffic on v and avoids the unfused path, which holds all scores.
+    The fused kernels want K = V; see `MultiHeadLatentAttention`, which pads.
     """
-    width = v_BHTV.shape[-1]
-    padding = q_BHTK.shape[-1] - width
-    if padding > 0:
-        v_BHTV = F.pad(v_BHTV, (0, padding))
-    out = F.scaled_dot_product_attention(
+    return F.scaled_dot_product_attention(
         q_BHTK, k_BHTK, v_BHTV, attn_mask=mask, is_causal=mask is None, scale=scale
     )
-    return out[..., :width] if padding > 0 else out

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.ffn import swiglu
 from model.precision import Precision
 
 
@@ -81,6 +82,6 @@ class RoutedExperts(nn.Module):
         weights = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
         for x, (gate_up, down) in zip(x_SD.split(counts), weights, strict=True):
             if len(x):
-                gate, up = self.precision.linear(x, gate_up).chunk(2, dim=-1)
-                outputs.append(self.precision.linear(F.silu(gate) * up, down))
+                hidden = swiglu(self.precision.linear(x, gate_up))
+                outputs.append(self.precision.linear(hidden, down))
         return torch.cat(outputs) if outputs else x_SD

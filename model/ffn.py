@@ -10,6 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.precision import Precision
+from model.recompute import remember
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """silu(gate) * up of both halves side by side, [..., 2F] -> [..., F].
+
+    It may be recomputed from its input (report §3.3.3).
+    """
+    gate, up = both.chunk(2, dim=-1)
+    opened = remember(F.silu(gate), lambda: F.silu(gate))
+    return remember(opened * up, lambda: F.silu(gate) * up)
 
 
 class SwiGLU(nn.Module):
@@ -20,5 +31,5 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.precision.linear(x, self.gate_up_proj).chunk(2, dim=-1)
-        return self.precision.linear(F.silu(gate) * up, self.down_proj)
+        hidden = swiglu(self.precision.linear(x, self.gate_up_proj))
+        return self.precision.linear(hidden, self.down_proj)

@@ -54,19 +54,26 @@ def write_hf(
     Raises CheckpointError when the configuration has no published form, a token is not in the tokenizer, or
     `max_shard_bytes` is not positive.
     """
+    ids = _token_ids(tokenizer_json, tokenizer_config)
+    write_weights(model, folder, ids["bos_token_id"], ids["eos_token_id"], max_shard_bytes)
+    _write_json(folder / "generation_config.json", ids)
+    _write_json(folder / "tokenizer_config.json", tokenizer_config)
+    shutil.copyfile(tokenizer_json, folder / "tokenizer.json")
+
+
+def write_weights(
+    model: Transformer, folder: Path, bos_id: int, eos_id: int, max_shard_bytes: int = _SHARD_BYTES
+) -> None:
+    """Write weights and configuration alone; see `write_hf`."""
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}: it must be positive")
-    ids = _token_ids(tokenizer_json, tokenizer_config)
-    config = to_published(model.config, ids["bos_token_id"], ids["eos_token_id"])
+    config = to_published(model.config, bos_id, eos_id)
     folder.mkdir(parents=True, exist_ok=True)
     # Files of an earlier export with other shards would be read together with these.
     for pattern in ("model*.safetensors", "mtp*.safetensors", _INDEX):
         for old in folder.glob(pattern):
             old.unlink()
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", ids)
-    _write_json(folder / "tokenizer_config.json", tokenizer_config)
-    shutil.copyfile(tokenizer_json, folder / "tokenizer.json")
     main, ahead = list(_main_tensors(model)), list(_mtp_tensors(model))
     if model.config.num_hidden_layers == _RELEASED_LAYERS:
         main, ahead = main + ahead, []

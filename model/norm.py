@@ -7,15 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.recompute import remember
+
+
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    inverse = inverse.add_(eps).rsqrt_()
+    return ((wide * inverse).mul_(weight)).to(x.dtype), inverse
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = inverse.add_(eps).rsqrt_()
+        y, inverse = _normalize(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return ((wide * inverse).mul_(weight)).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -38,4 +45,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        y = _RMSNorm.apply(x, self.weight, self.eps)
+        return remember(y, lambda: _normalize(x, self.weight, self.eps)[0])

@@ -8,12 +8,13 @@ Legend: B rows of a batch, T positions.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.errors import HeadwaterError
+from model.ema import EMA
+from model.flops import peak_flops, training_flops
+from model.guard import Guard, GuardConfig
 from model.lanes import Lanes
 from model.loss import cross_entropy_sum, next_token_losses
 from model.optim.build import Optimizer
+from model.recompute import recomputing
 from model.transformer import Transformer
 
 
@@ -60,7 +65,10 @@ class Position:
 
     step: int = 0
     rows: int = 0
+    """Place in the data. A batch that was passed over counts here and not under `tokens`."""
     tokens: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the loss guard remembers."""
 
 
 class TrainingDiverged(HeadwaterError):
@@ -79,6 +87,10 @@ class LoopConfig:
     """Keep samples of a row from seeing each other: off in pretraining (§4.1), on in fine-tuning (§5.1)."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+    recompute: bool = False
+    """Make norms, SwiGLU products and MLA's up-projections again in the backward pass; changes no bit."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """When a step is bad, and when to go back."""
 
 
 def train(
@@ -91,52 +103,71 @@ def train(
     log_file: Path,
     progress: Callable[[Position, dict[str, float]], None] = lambda position, figures: None,
     watch: Callable[[Position], dict[str, float]] | None = None,
+    ema: EMA | None = None,
 ) -> Position:
     """Train until `schedule` returns None; returns the final position.
 
     `watch` may measure the model (held-out loss); it is called at each checkpoint and its figures go into
-    `log_file`, one JSON line a step. Raises TrainingDiverged when loss or gradient norm is not finite.
+    `log_file`, one JSON line a step. A bad step (see `model.guard`) changes nothing but the place in the
+    data; several in a row take the run back to its last checkpoint. Raises TrainingDiverged when there is
+    none, or when going back did not help.
     """
-    position = resume(model, optimizer, checkpoints, log_file)
+    position = resume(model, optimizer, checkpoints, log_file, ema)
     gates = model.gates()
     model.train()
+    device = model.embed_tokens.device
+    peak = peak_flops(device, model.precision.name)
     # A GPU runs one micro-batch after the other; lanes there would only hold more activations.
-    lane_count = config.lanes if model.embed_tokens.device.type == "cpu" else 1
+    lane_count = config.lanes if device.type == "cpu" else 1
     with log_file.open("a") as log, Lanes(model, lane_count) as lanes:
         while (step := schedule(position)) is not None:
             started = time.perf_counter()
             batch = source.stream(position.rows, step.rows)
-            figures, loads = _gradients(lanes, batch, step, config)
-            figures["grad_norm"] = optimizer.step(step.lr_scale)
-            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
-                raise TrainingDiverged(
-                    f"step {position.step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}. "
-                    "Lower the learning rate, or look at the batch that starts at row "
-                    f"{position.rows}; the last checkpoint is from before this step"
+            figures, loads = step_gradients(lanes, batch, step, config)
+            figures["grad_norm"] = optimizer.clip()
+            guard = Guard(config.guard, position.guard)
+            if fault := guard.fault(figures["loss"], figures["grad_norm"]):
+                optimizer.zero_grad()
+                position.rows += step.rows
+                log.write(
+                    json.dumps({"step": position.step, "tokens": position.tokens, "skipped": fault}) + "\n"
                 )
+                log.flush()
+                if guard.wants_rollback:
+                    position = _go_back(position, guard, fault, model, optimizer, checkpoints, ema)
+                continue
+            optimizer.apply(step.lr_scale)
             for gate, load in zip(gates[: len(loads)], loads, strict=True):
                 gate.nudge(load, step.bias_speed)
-            figures["max_violation"] = _max_violation(loads)
+            if ema is not None:
+                ema.update()
+            violations = [_violation(load) for load in loads]
+            figures["max_violation"] = max(violations, default=0.0)
             figures["lr_scale"] = step.lr_scale
             position.step += 1
             position.rows += step.rows
-            position.tokens += batch["tokens"].numel()
-            figures["tokens_per_second"] = batch["tokens"].numel() / (time.perf_counter() - started)
+            tokens, length = batch["tokens"].numel(), batch["tokens"].shape[1]
+            position.tokens += tokens
+            figures["tokens_per_second"] = tokens / (time.perf_counter() - started)
+            if peak:
+                work = training_flops(model.config, length, mtp=step.mtp_weight > 0)
+                figures["mfu"] = figures["tokens_per_second"] * work / peak
             last = schedule(position) is None
             keep = last or position.step % config.checkpoint_every == 0
             if keep and watch is not None:
                 figures.update(watch(position))
                 model.train()
             # Before the checkpoint: a process killed between the two writes this line again when it resumes.
-            log.write(json.dumps({"step": position.step, "tokens": position.tokens, **figures}) + "\n")
+            line = {"step": position.step, "tokens": position.tokens, **figures, "violations": violations}
+            log.write(json.dumps(line) + "\n")
             log.flush()
             if keep:
-                checkpoints.save(position.step, run_tensors(model, optimizer), vars(position).copy())
+                checkpoints.save(position.step, run_tensors(model, optimizer, ema), asdict(position))
             progress(position, figures)
     return position
 
 
-def _gradients(
+def step_gradients(
     lanes: Lanes, batch: dict[str, Tensor], step: Step, config: LoopConfig
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Accumulate the gradients of one step; the divisor is the step's counted targets, over all
@@ -155,8 +186,9 @@ def _gradients(
 
     def work(model: Transformer, part: slice) -> tuple[float, float, float, list[Tensor]]:
         segments = None if segments_BT is None else segments_BT[part]
-        output = model(tokens_BT[part], segments, step.mtp_weight > 0, valid_BT[part])
-        losses = next_token_losses(model, output, tokens_BT[part], counted_BT[part], segments)
+        with recomputing(config.recompute):
+            output = model(tokens_BT[part], segments, step.mtp_weight > 0, valid_BT[part])
+            losses = next_token_losses(model, output, tokens_BT[part], counted_BT[part], segments)
         share = tokens_BT[part].shape[0] / rows
         mtp = torch.stack(losses.mtp).mean() if losses.mtp else losses.main.new_zeros(())
         prediction = (losses.main + step.mtp_weight * mtp) / targets
@@ -175,29 +207,71 @@ def _gradients(
     return {"loss": main, "mtp_loss": ahead, "balance": balance}, loads
 
 
-def _max_violation(loads: list[Tensor]) -> float:
-    """Largest relative overload of an expert in any layer: max load / mean load - 1."""
-    return max((float(load.max() / load.mean().clamp(min=1e-9)) - 1.0 for load in loads), default=0.0)
+def _violation(load: Tensor) -> float:
+    """Largest relative overload of an expert of a layer, MaxVio: max load / mean load - 1."""
+    return float(load.max() / load.mean().clamp(min=1e-9)) - 1.0
 
 
-def run_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def _go_back(
+    position: Position,
+    guard: Guard,
+    fault: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    checkpoints: CheckpointStore,
+    ema: EMA | None,
+) -> Position:
+    """The state of the last checkpoint, at the present place in the data."""
+    found = None if guard.gives_up else _restore(model, optimizer, checkpoints, ema)
+    if found is None:
+        raise TrainingDiverged(
+            f"step {position.step}: {fault}, the {guard.state['bad']}th bad step in a row, after "
+            f"{guard.state['rollbacks']} returns to a checkpoint. Lower the learning rate, or look at the "
+            f"batches before row {position.rows}; the last checkpoint is from before these steps"
+        )
+    found.rows = position.rows
+    found.guard["rollbacks"] = guard.state["rollbacks"] + 1
+    return found
+
+
+def run_tensors(model: nn.Module, optimizer: Optimizer, ema: EMA | None = None) -> dict[str, Tensor]:
     """Everything of a run that is a tensor, for its checkpoint."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    return tensors | {f"optimizer.{name}": value for name, value in optimizer.state_tensors().items()}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.state_tensors().items()}
+    return tensors | ({f"ema.{name}": value for name, value in ema.tensors().items()} if ema else {})
 
 
-def resume(model: nn.Module, optimizer: Optimizer, checkpoints: CheckpointStore, log_file: Path) -> Position:
-    """Load the last checkpoint if there is one, and cut the log back to it."""
+def _restore(
+    model: nn.Module, optimizer: Optimizer, checkpoints: CheckpointStore, ema: EMA | None
+) -> Position | None:
+    """Load the last checkpoint; None when there is none."""
     found = checkpoints.latest()
     if found is None:
+        return None
+    _, tensors, state = found
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    optimizer.load_state_tensors(part("optimizer."))
+    if ema is not None:
+        ema.load(part("ema."))
+    return Position(**copy.deepcopy(state))
+
+
+def resume(
+    model: nn.Module,
+    optimizer: Optimizer,
+    checkpoints: CheckpointStore,
+    log_file: Path,
+    ema: EMA | None = None,
+) -> Position:
+    """Load the last checkpoint if there is one, and cut the log back to it."""
+    position = _restore(model, optimizer, checkpoints, ema)
+    if position is None:
         log_file.unlink(missing_ok=True)
         return Position()
-    _, tensors, state = found
-    model.load_state_dict({k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")})
-    optimizer.load_state_tensors(
-        {k[len("optimizer.") :]: v for k, v in tensors.items() if k.startswith("optimizer.")}
-    )
-    position = Position(**state)
     # Steps after the checkpoint were lost with the process; their log lines go too, or they would appear
     # twice. Replaced in one step, so that a process killed here loses none of the older lines.
     lines = log_file.read_text().splitlines() if log_file.exists() else []

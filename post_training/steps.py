@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TextIO
 
 from torch import nn
@@ -41,5 +42,5 @@ def finish_step(
     log.write(json.dumps({"step": position.step, "tokens": position.tokens, **figures}) + "\n")
     log.flush()
     if keep:
-        checkpoints.save(position.step, run_tensors(model, optimizer), vars(position).copy())
+        checkpoints.save(position.step, run_tensors(model, optimizer), asdict(position))
     progress(position, figures)

@@ -28,10 +28,25 @@ class PretrainConfig(ModelStageConfig):
     lr: float = Field(2.2e-4, gt=0, description="Peak learning rate of AdamW's parameters")
     muon_lr: float = Field(8e-3, gt=0, description="Peak learning rate of Muon's parameters")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay")
+    moments: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Format of AdamW's moments; bf16 as in the report halves the optimizer's memory"
+    )
     clip: float = Field(1.0, gt=0, description="Largest gradient norm")
     bias_speed: float = Field(0.001, ge=0, description="Gamma: step of the routing bias a training step")
     balance_weight: float = Field(1e-4, ge=0, description="Alpha: weight of the sequence-wise balance loss")
     precision: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="Format of the large products")
+    spike: float = Field(
+        0.0,
+        ge=0,
+        description="Standard deviations above the last losses from which a step is left out; 0 = never, but "
+        "for a loss that is no number",
+    )
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="Decay of an average of the weights, kept to preview them; 0 = none"
+    )
+    recompute: bool = placement(
+        False, description="Make norms, SwiGLU and MLA's up-projections again going back: less memory"
+    )
     checkpoint_every: int = placement(100, gt=0, description="Steps between checkpoints")
     watch_rows: int = placement(32, ge=0, description="Held-out rows measured at each checkpoint")
 
@@ -53,6 +68,8 @@ def run(config: PretrainConfig, context: StageContext) -> None:
     from infra.errors import HeadwaterError
     from model.checkpoint import save_model
     from model.device import pick_device
+    from model.ema import EMA
+    from model.guard import GuardConfig
     from model.optim.build import OptimizerConfig, build_optimizer
     from model.schedule import Schedule
     from model.train import LoopConfig, Position, Step, held_out_loss, train
@@ -82,6 +99,7 @@ def run(config: PretrainConfig, context: StageContext) -> None:
             muon_lr=config.muon_lr,
             weight_decay=config.weight_decay,
             clip=config.clip,
+            moments=config.moments,
         ),
     )
     scaled = Schedule.scaled(config.tokens, config.warmup * config.tokens, bias_speed=config.bias_speed)
@@ -105,7 +123,13 @@ def run(config: PretrainConfig, context: StageContext) -> None:
 
     def watch(position: Position) -> dict[str, float]:
         rows = min(config.watch_rows, held_out.rows)
-        return {"watched_loss": held_out_loss(model, held_out, rows)[0]} if rows else {}
+        if not rows:
+            return {}
+        figures = {"watched_loss": held_out_loss(model, held_out, rows)[0]}
+        if ema is not None:
+            with ema.in_place():
+                figures["watched_loss_ema"] = held_out_loss(model, held_out, rows)[0]
+        return figures
 
     loop = LoopConfig(
         config.balance_weight,
@@ -113,7 +137,10 @@ def run(config: PretrainConfig, context: StageContext) -> None:
         lanes=torch.get_num_threads(),
         mask_documents=False,
         checkpoint_every=config.checkpoint_every,
+        recompute=config.recompute,
+        guard=GuardConfig(spike=config.spike),
     )
+    ema = EMA(model, config.ema) if config.ema else None
     log_file = context.scratch / "metrics.jsonl"
     checkpoints = Checkpoints(context.scratch / "checkpoints", log=context.log)
     train(
@@ -126,10 +153,15 @@ def run(config: PretrainConfig, context: StageContext) -> None:
         log_file,
         progress(context, lambda position: position.tokens, config.tokens),
         watch,
+        ema,
     )
     save_model(model, context.out)
     copy_tokenizer(tokenizer.file("tokenizer.json"), context)
     loss, targets = held_out_loss(model, held_out, held_out.rows)
+    if ema is not None:
+        with ema.in_place():
+            context.metric("held_out_loss_ema", held_out_loss(model, held_out, held_out.rows)[0])
+        ema.close()
     held = shards.json("stats.json")["heldout"]
     context.metric("held_out_loss", loss)
     context.metric("held_out_bits_per_byte", loss * targets / math.log(2) / held["bytes"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.optim.adamw import BF16MomentAdamW
 from model.optim.muon import Muon
 from model.transformer import Transformer
 
@@ -30,10 +31,14 @@ class OptimizerConfig:
     """Of AdamW; matrices only."""
     clip: float = 1.0
     """Largest global gradient norm."""
+    moments: str = "fp32"
+    """What AdamW keeps its moments in: fp32, or bf16 as in the report (§3.3.2)."""
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optimizer.name is {self.name!r}: choose adamw or muon")
+        if self.moments not in ("fp32", "bf16"):
+            raise ValueError(f"optimizer.moments is {self.moments!r}: choose fp32 or bf16")
         if self.clip <= 0:
             raise ValueError(f"optimizer.clip is {self.clip}: it must be positive")
 
@@ -53,29 +58,34 @@ class Optimizer:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+        filled = [group for group in groups if group["params"]]
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                [g for g in groups if g["params"]],
-                lr=config.lr,
-                betas=(config.beta1, config.beta2),
-                eps=config.eps,
-                fused=True,
-            )
+            BF16MomentAdamW(filled, **settings)
+            if config.moments == "bf16"
+            else torch.optim.AdamW(filled, **settings, fused=True)
         ]
         if inner:
             self.parts.append(Muon([p for _, p in inner], lr=config.muon_lr))
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
-    def step(self, scale: float) -> float:
-        """Clip, step with every peak learning rate times `scale`, clear; returns the gradient norm before
-        clipping."""
-        norm = nn.utils.clip_grad_norm_([p for _, p in self.named], self.config.clip)
+    def clip(self) -> float:
+        """Clip the gradients; returns their norm before."""
+        return float(nn.utils.clip_grad_norm_([p for _, p in self.named], self.config.clip))
+
+    def apply(self, scale: float) -> None:
+        """Step with every peak learning rate times `scale`, and clear the gradients."""
         for part, peaks in zip(self.parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * scale
             part.step()
             part.zero_grad()
-        return float(norm)
+
+    def step(self, scale: float) -> float:
+        """Clip, apply; returns the gradient norm before clipping."""
+        norm = self.clip()
+        self.apply(scale)
+        return norm
 
     def zero_grad(self) -> None:
         for part in self.parts:

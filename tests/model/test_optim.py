@@ -154,3 +154,25 @@ def test_state_goes_to_a_checkpoint_and_back(name):
 def test_settings_out_of_bounds_are_named(arguments, field):
     with pytest.raises(ValueError, match=rf"optimizer\.{field}"):
         OptimizerConfig(**arguments)
+
+
+def test_bf16_moments_step_as_fp32_ones_do_but_for_rounding():
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(40, 30, generator=generator) * 10**-k for k in (0, 3, 1, 0, 2)]
+    found = []
+    for moments in ("fp32", "bf16"):
+        model = torch.nn.Linear(30, 40, bias=False)
+        torch.nn.init.constant_(model.weight, 0.5)
+        optimizer = Optimizer(model, OptimizerConfig(lr=1e-2, weight_decay=0.1, moments=moments))
+        for gradient in gradients:
+            model.weight.grad = gradient.clone()
+            optimizer.apply(1.0)
+        found.append((model.weight.detach(), optimizer.state_tensors()))
+    (plain, _), (rounded, state) = found
+    assert {t.dtype for key, t in state.items() if "exp_avg" in key} == {torch.bfloat16}
+    moved = (plain - 0.5).abs().max()
+    assert 0 < (plain - rounded).abs().max() < 0.02 * moved
+    with pytest.raises(ValueError, match="beta2"):
+        Optimizer(model, OptimizerConfig(moments="bf16", beta2=0.999))
+    with pytest.raises(ValueError, match="moments"):
+        OptimizerConfig(moments="fp16")

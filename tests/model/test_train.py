@@ -9,8 +9,12 @@ from torch.nn import functional as F
 
 from infra.checkpoint import Checkpoints
 from infra.errors import HeadwaterError
+from model.allocations import allocations
+from model.ema import EMA
+from model.guard import GuardConfig
+from model.recompute import recomputing
 from model.train import TrainingDiverged, held_out_loss
-from tests.model.tiny import relative, tiny
+from tests.model.tiny import TINY, relative, tiny, tokens
 from tests.model.training import Rows, Shelf, run
 
 STEPS = 7
@@ -116,8 +120,8 @@ def gradients(folder, monkeypatch, **loop) -> tuple[dict[str, torch.Tensor], dic
     found = {}
     model = tiny()
     monkeypatch.setattr(
-        "model.optim.build.Optimizer.step",
-        lambda self, scale: found.update({name: p.grad.clone() for name, p in self.named}) or 0.0,
+        "model.optim.build.Optimizer.clip",
+        lambda self: found.update({name: p.grad.clone() for name, p in self.named}) or 0.0,
     )
     run(folder, model, Rows(9, 20, counted=0.6, documents=2), steps=1, rows=7, bias_speed=0.01, **loop)
     return found | dict(model.named_buffers()), figures(folder)[0]
@@ -188,20 +192,123 @@ def test_it_learns(tmp_path, optimizer):
     assert ahead[-1] < 0.7 * ahead[0]
 
 
-@pytest.mark.parametrize("where", ["layers.1.mlp.experts.down_proj", "lm_head"])
-def test_divergence_stops_the_run_before_it_is_saved(tmp_path, where):
+class Spoiled(Rows):
+    """Rows from place `bad` on drive the loss to a number that is none, until place `good`."""
+
+    def __init__(self, model: torch.nn.Module, bad: int, good: int) -> None:
+        super().__init__(64, 16)
+        self.model, self.bad, self.good = model, bad, good
+
+    def stream(self, start, count):
+        with torch.no_grad():
+            if self.bad <= start < self.good:
+                self.model.layers[1].mlp.gate.weight.fill_(math.nan)
+        return super().stream(start, count)
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_went_wrong_goes_back_to_its_checkpoint_and_past_the_bad_rows(tmp_path):
     model, store = tiny(), Shelf()
+    end = run(tmp_path, model, Spoiled(model, 12, 16), steps=6, store=store, checkpoint_every=2)
+    # Steps 0 to 2 read rows 0 to 12; the weights are spoilt with the next batch, which three tries leave out.
+    assert (end.step, end.tokens, end.guard["rollbacks"]) == (6, 6 * 4 * 16, 1)
+    assert end.rows == 6 * 4 + (1 + 3) * 4 - 4 + 4
+    assert all(torch.isfinite(t).all() for t in model.state_dict().values())
+    told = [line for line in lines(tmp_path) if "skipped" in line]
+    assert [line["step"] for line in told] == [3, 3, 3]
+    assert "loss nan" in told[0]["skipped"]
+    # Every step that counts is in the log once more after going back, and losses go on from there.
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 3, 4, 5, 6]
 
-    def spoil(position, _):
-        if position.step == 2:
-            with torch.no_grad():
-                dict(model.named_parameters())[where].fill_(math.nan)
 
-    with pytest.raises(TrainingDiverged, match=r"step 2: loss .*row 8") as caught:
-        run(tmp_path, model, Rows(8, 16), steps=6, store=store, checkpoint_every=1, progress=spoil)
+def test_a_run_that_goes_wrong_again_and_again_stops_before_it_is_saved(tmp_path):
+    model, store = tiny(), Shelf()
+    with pytest.raises(TrainingDiverged, match=r"step 2: loss nan.* after 2 returns .*Lower") as caught:
+        run(tmp_path, model, Spoiled(model, 8, 10**6), steps=6, store=store, checkpoint_every=1)
     assert isinstance(caught.value, HeadwaterError)
     assert [step for step, _, _ in store.saved] == [1, 2]
     assert all(torch.isfinite(t).all() for _, tensors, _ in store.saved for t in tensors.values())
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
+    model = tiny()
+    with pytest.raises(TrainingDiverged, match="step 0"):
+        run(tmp_path, model, Spoiled(model, 0, 10**6), steps=6)
+
+
+def test_a_loss_that_stands_out_is_left_out(tmp_path):
+    class Odd(Rows):
+        def stream(self, start, count):
+            batch = super().stream(start, count)
+            if start == 160:
+                batch["tokens"] = torch.randint(TINY.vocab_size, batch["tokens"].shape).int()
+            return batch
+
+    guard = GuardConfig(spike=5.0, window=8)
+    end = run(tmp_path, tiny(), Odd(4, 24), steps=45, lr=0.01, guard=guard)
+    skipped = [line for line in lines(tmp_path) if "skipped" in line]
+    assert [line["step"] for line in skipped] == [40]
+    assert "deviation" in skipped[0]["skipped"]
+    assert (end.rows, end.tokens) == (46 * 4, 45 * 4 * 24)
+    assert end.guard["bad"] == 0
+
+
+def test_an_average_of_the_weights_travels_with_the_run(tmp_path):
+    settings = {"steps": 6, "optimizer": "adamw", "lr": 0.01, "checkpoint_every": 2}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    model = tiny()
+    average = EMA(model, 0.8)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def follow(position, _):
+        for name, p in model.named_parameters():
+            expected[name].lerp_(p.detach(), 0.2)
+
+    run(whole, model, Rows(8, 16), progress=follow, ema=average, **settings)
+    for name, value in average.tensors().items():
+        assert relative(value, expected[name]) < 1e-6, name
+    stopped, shelf = tiny(), Shelf()
+
+    def die(position, _):
+        if position.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(cut, stopped, Rows(8, 16), store=shelf, progress=die, ema=EMA(stopped, 0.8), **settings)
+    resumed = tiny(seed=4)
+    again = EMA(resumed, 0.8)
+    run(cut, resumed, Rows(8, 16), store=shelf, ema=again, **settings)
+    assert all(torch.equal(again.tensors()[name], value) for name, value in average.tensors().items())
+    before = {name: p.detach().clone() for name, p in resumed.named_parameters()}
+    with again.in_place():
+        assert torch.equal(resumed.lm_head, average.tensors()["lm_head"])
+    assert all(torch.equal(p, before[name]) for name, p in resumed.named_parameters())
+
+
+def test_recomputing_changes_no_bit_and_holds_less(tmp_path):
+    plain, again = tiny(), tiny()
+    settings = {"steps": 3, "optimizer": "muon", "lr": 0.01, "micro_rows": 2, "mask_documents": True}
+    run(tmp_path, plain, Rows(9, 20, documents=2), **settings)
+    run(tmp_path, again, Rows(9, 20, documents=2), recompute=True, lanes=2, **settings)
+    assert same(plain, again)
+
+    def held(recompute: bool) -> int:
+        """Bytes that a forward pass keeps for the backward pass."""
+        model, batch = tiny(num_attention_heads=8).train(), tokens(4, 32)
+
+        def forward():
+            with recomputing(recompute):
+                return model(batch, mtp=True)
+
+        forward()  # tables that are made once
+        return allocations(forward)[1]
+
+    assert held(True) < 0.7 * held(False)
 
 
 def test_held_out_loss_is_the_mean_over_counted_tokens_of_the_first_rows():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.ema import EMA
 from model.optim.build import OptimizerConfig, build_optimizer
 from model.train import CheckpointStore, LoopConfig, Position, Step, train
 from model.transformer import Transformer
@@ -62,6 +63,7 @@ def run(
     store: CheckpointStore | None = None,
     progress: Callable[[Position, dict[str, float]], None] = lambda position, figures: None,
     watch: Callable[[Position], dict[str, float]] | None = None,
+    ema: EMA | None = None,
     **loop: Any,
 ) -> Position:
     """Train `model` for `steps` steps in all, going on from `store`'s last checkpoint; logs to log.jsonl."""
@@ -83,4 +85,5 @@ def run(
         folder / "log.jsonl",
         progress,
         watch,
+        ema,
     )

@@ -98,7 +98,7 @@ def _training_data(checkpoint: Artifact) -> tuple[dict[str, Mapping[str, int]], 
         if node.stage != "ingest" or node.record is None:
             continue
         corpus = store.artifact(node.stage, node.id)
-        given = str(node.record.config["identity"].get("sources", "")).split(",")
+        given = str(node.record.config["placement"].get("sources", "")).split(",")
         hub = (_HUB.fullmatch(one.strip()) for one in given)
         names |= {match[1] for match in hub if match}
         for name in corpus.names("documents/*.parquet"):

@@ -13,7 +13,7 @@ STRANGERS = {("data", "model"), ("model", "data")}
 """Rooms that do not know each other although one is above the other."""
 BARE = {"kernels", "model", "infra/parallel"}
 BARE_PACKAGES = {"torch", "triton", "numpy", "safetensors"}
-PEERS = {"deep_gemm"}
+PEERS = {"deep_gemm", "transformers"}
 """Compared with by a bench where they are installed; nothing depends on them."""
 LONGEST = 450
 

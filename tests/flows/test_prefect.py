@@ -250,15 +250,13 @@ def test_a_run_of_the_command_is_recorded_where_up_runs(up: Up) -> None:
     assert "| INFO" not in done.stderr, "Prefect's own log stays out of the terminal"
     (parent,) = up.call("/flow_runs/filter", {"flow_runs": {"name": {"any_": ["typed"]}}})
     assert parent["state"]["type"] == "COMPLETED"
-    expected = dict.fromkeys(("left", "right", "train", "control", "last"), "COMPLETED")
-    # The server learns which run is whose child from events, which it reads in its own time.
-    query = {"flow_runs": {"parent_flow_run_id": {"any_": [parent["id"]]}}}
-    for _ in range(60):
-        names = {one["name"]: one["state"]["type"] for one in up.call("/flow_runs/filter", query)}
-        if names == expected:
-            break
-        time.sleep(0.5)
-    assert names == expected
+    # Not asked for by their parent: the server learns from events whose child a run is, in its own time, and
+    # loses one now and then.
+    names = ["left", "right", "train", "control", "last"]
+    query = {"flow_runs": {"name": {"any_": names}, "start_time": {"after_": parent["start_time"]}}}
+    found = [one for one in up.call("/flow_runs/filter", query) if one["parent_task_run_id"]]
+    assert sorted(one["name"] for one in found) == sorted(names)
+    assert {one["state"]["type"] for one in found} == {"COMPLETED"}
     keys = {one["key"] for one in up.call("/artifacts/filter", {})}
     assert {"typed-stages", "typed-gates", "typed-lineage", "typed-train-summary"} <= keys
     # One node again, recorded there too.

@@ -250,8 +250,7 @@ def test_a_run_of_the_command_is_recorded_where_up_runs(up: Up) -> None:
     assert "| INFO" not in done.stderr, "Prefect's own log stays out of the terminal"
     (parent,) = up.call("/flow_runs/filter", {"flow_runs": {"name": {"any_": ["typed"]}}})
     assert parent["state"]["type"] == "COMPLETED"
-    # Not asked for by their parent: the server learns from events whose child a run is, in its own time, and
-    # loses one now and then.
+    # By name here: that the parent finds all of its children does not always hold, see the slow test below.
     names = ["left", "right", "train", "control", "last"]
     query = {"flow_runs": {"name": {"any_": names}, "start_time": {"after_": parent["start_time"]}}}
     found = [one for one in up.call("/flow_runs/filter", query) if one["parent_task_run_id"]]
@@ -356,3 +355,34 @@ def test_without_a_server_a_run_brings_its_own_and_leaves_its_records(tmp_path: 
         "its server is still there"
     )
     assert (home / "reports" / "toy" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_run_s_children_are_found_by_their_parent(up: Up) -> None:
+    """Known to fail at times: one child is missing however long one waits. The cause is not known.
+
+    Last in the file, because it builds by force what other tests build first.
+    """
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "flows.cli",
+        "run",
+        "--preset",
+        str(TOY),
+        "--run",
+        "linked",
+        "--force",
+    ]
+    done = subprocess.run(command, env=environment(up.home), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (parent,) = up.call("/flow_runs/filter", {"flow_runs": {"name": {"any_": ["linked"]}}})
+    expected = dict.fromkeys(("left", "right", "train", "control", "last"), "COMPLETED")
+    query = {"flow_runs": {"parent_flow_run_id": {"any_": [parent["id"]]}}}
+    for _ in range(60):
+        found = {one["name"]: one["state"]["type"] for one in up.call("/flow_runs/filter", query)}
+        if found == expected:
+            break
+        time.sleep(0.5)
+    assert found == expected

@@ -53,14 +53,15 @@ def serve(home: Path, port: int = 0, services: bool = True) -> Iterator[Server]:
     if not is_free(port):
         raise HeadwaterError(f"port {port} on {HOST} is taken by another program; name another with --port")
     log = prefect_home.folder(home) / ("server.log" if services else "run-server.log")
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "flows.prefect_server", "start"]
+    command += ["--host", HOST, "--port", str(port)] + ([] if services else ["--no-services", "--no-ui"])
     url = f"http://{HOST}:{port}"
     environment = {
         **prefect_home.environment(home, f"{url}/api", lasting=services),
         # By default any web site that a browser shows could talk to the server.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
     }
-    process = leash.start(command + ([] if services else ["--no-services", "--no-ui"]), environment, log)
+    process = leash.start(command, environment, log)
     try:
         _wait(process, port, log)
         yield Server(f"{url}/api", url, process, log)

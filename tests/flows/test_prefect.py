@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,17 @@ def test_a_wrong_value_is_refused_by_the_form(up: Up) -> None:
     caught.value.close()
 
 
+def test_writers_side_by_side_are_not_refused(up: Up) -> None:
+    """With Prefect's own transactions about a third of these answers is 503: see flows.prefect_server."""
+    identity = up.call("/flows/", {"name": "crowd"})["id"]
+
+    def write(_: int) -> str:
+        return up.call("/flow_runs/", {"flow_id": identity, "state": {"type": "PENDING"}})["id"]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(write, range(120)))) == 120
+
+
 def test_a_run_of_the_command_is_recorded_where_up_runs(up: Up) -> None:
     command = [sys.executable, "-P", "-m", "flows.cli", "run", "--preset", str(TOY), "--run", "typed"]
     done = subprocess.run(command, env=environment(up.home), capture_output=True, text=True, timeout=120)
@@ -250,12 +262,9 @@ def test_a_run_of_the_command_is_recorded_where_up_runs(up: Up) -> None:
     assert "| INFO" not in done.stderr, "Prefect's own log stays out of the terminal"
     (parent,) = up.call("/flow_runs/filter", {"flow_runs": {"name": {"any_": ["typed"]}}})
     assert parent["state"]["type"] == "COMPLETED"
-    # By name here: that the parent finds all of its children does not always hold, see the slow test below.
-    names = ["left", "right", "train", "control", "last"]
-    query = {"flow_runs": {"name": {"any_": names}, "start_time": {"after_": parent["start_time"]}}}
-    found = [one for one in up.call("/flow_runs/filter", query) if one["parent_task_run_id"]]
-    assert sorted(one["name"] for one in found) == sorted(names)
-    assert {one["state"]["type"] for one in found} == {"COMPLETED"}
+    query = {"flow_runs": {"parent_flow_run_id": {"any_": [parent["id"]]}}}
+    children = {one["name"]: one["state"]["type"] for one in up.call("/flow_runs/filter", query)}
+    assert children == dict.fromkeys(("left", "right", "train", "control", "last"), "COMPLETED")
     keys = {one["key"] for one in up.call("/artifacts/filter", {})}
     assert {"typed-stages", "typed-gates", "typed-lineage", "typed-train-summary"} <= keys
     # One node again, recorded there too.
@@ -328,7 +337,7 @@ def test_a_server_that_dies_in_the_middle_keeps_no_run_from_its_work(tmp_path: P
             if "train" in line and "25%" in line:
                 break
         for one in psutil.Process(process.pid).children():
-            if "prefect" in one.cmdline():
+            if "flows.prefect_server" in one.cmdline():
                 one.kill()
         out, errors = process.communicate(timeout=150)
         assert process.returncode == 0, errors
@@ -355,34 +364,3 @@ def test_without_a_server_a_run_brings_its_own_and_leaves_its_records(tmp_path: 
         "its server is still there"
     )
     assert (home / "reports" / "toy" / "report.html").exists()
-
-
-@pytest.mark.slow
-def test_a_run_s_children_are_found_by_their_parent(up: Up) -> None:
-    """Known to fail at times: one child is missing however long one waits. The cause is not known.
-
-    Last in the file, because it builds by force what other tests build first.
-    """
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "flows.cli",
-        "run",
-        "--preset",
-        str(TOY),
-        "--run",
-        "linked",
-        "--force",
-    ]
-    done = subprocess.run(command, env=environment(up.home), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (parent,) = up.call("/flow_runs/filter", {"flow_runs": {"name": {"any_": ["linked"]}}})
-    expected = dict.fromkeys(("left", "right", "train", "control", "last"), "COMPLETED")
-    query = {"flow_runs": {"parent_flow_run_id": {"any_": [parent["id"]]}}}
-    for _ in range(60):
-        found = {one["name"]: one["state"]["type"] for one in up.call("/flow_runs/filter", query)}
-        if found == expected:
-            break
-        time.sleep(0.5)
-    assert found == expected

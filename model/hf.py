@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.checkpoint import CheckpointError, check_finite, check_shapes
+from model.checkpoint import CheckpointError, check_shapes
 from model.config import ModelConfig
 from model.hf_config import from_published, to_published
+from model.hf_fp8 import SCALE, Weights, check_weights, is_codes, loaded, scale_shape, stored, stored_bytes
 from model.transformer import Transformer
 
 _INDEX = "model.safetensors.index.json"
@@ -44,30 +45,38 @@ def write_hf(
     tokenizer_json: Path,
     tokenizer_config: dict[str, Any],
     max_shard_bytes: int = _SHARD_BYTES,
+    weights: Weights = "float32",
 ) -> None:
     """Write weights, configuration and tokenizer; bytes depend on the arguments alone.
 
     `tokenizer_json` is copied. `tokenizer_config` becomes `tokenizer_config.json`; its `bos_token`,
     `eos_token` and `pad_token` are looked up in the tokenizer for the configuration's ids. The tensors of a
-    weight file take no more than `max_shard_bytes`, unless one alone does.
+    weight file take no more than `max_shard_bytes`, unless one alone does. `weights`: how they are stored,
+    see `model.hf_fp8`; only float32 comes back bit for bit.
 
-    Raises CheckpointError when the configuration has no published form, a token is not in the tokenizer, or
-    `max_shard_bytes` is not positive.
+    Raises CheckpointError when the configuration has no published form, a token is not in the tokenizer,
+    `max_shard_bytes` is not positive, or a weight that is to be quantised is not finite.
     """
     ids = _token_ids(tokenizer_json, tokenizer_config)
-    write_weights(model, folder, ids["bos_token_id"], ids["eos_token_id"], max_shard_bytes)
+    write_weights(model, folder, ids["bos_token_id"], ids["eos_token_id"], max_shard_bytes, weights)
     _write_json(folder / "generation_config.json", ids)
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
     shutil.copyfile(tokenizer_json, folder / "tokenizer.json")
 
 
 def write_weights(
-    model: Transformer, folder: Path, bos_id: int, eos_id: int, max_shard_bytes: int = _SHARD_BYTES
+    model: Transformer,
+    folder: Path,
+    bos_id: int,
+    eos_id: int,
+    max_shard_bytes: int = _SHARD_BYTES,
+    weights: Weights = "float32",
 ) -> None:
     """Write weights and configuration alone; see `write_hf`."""
+    check_weights(weights)
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}: it must be positive")
-    config = to_published(model.config, bos_id, eos_id)
+    config = to_published(model.config, bos_id, eos_id, weights)
     folder.mkdir(parents=True, exist_ok=True)
     # Files of an earlier export with other shards would be read together with these.
     for pattern in ("model*.safetensors", "mtp*.safetensors", _INDEX):
@@ -77,19 +86,20 @@ def write_weights(
     main, ahead = list(_main_tensors(model)), list(_mtp_tensors(model))
     if model.config.num_hidden_layers == _RELEASED_LAYERS:
         main, ahead = main + ahead, []
-    placed = _write_shards(folder, "model", main, max_shard_bytes)
+    placed = _write_shards(folder, "model", main, max_shard_bytes, weights)
     if len(set(placed.values())) > 1:
-        total = sum(tensor.numel() * tensor.element_size() for _, tensor in main)
+        total = sum(stored_bytes(name, tensor, weights) for name, tensor in main)
         _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
     if ahead:
-        _write_shards(folder, "mtp", ahead, max_shard_bytes)
+        _write_shards(folder, "mtp", ahead, max_shard_bytes, weights)
 
 
 def read_hf(folder: Path) -> Transformer:
-    """Read a folder that `write_hf` or transformers wrote, in float32 or bfloat16; weights become float32.
+    """Read a folder in the published layout, in float32, bfloat16, float16 or FP8 blocks; weights become
+    float32.
 
     Raises CheckpointError naming a file that cannot be read, a configuration key that does not fit, or the
-    tensors that are missing, unexpected, misshaped or not finite.
+    tensors that are missing, unexpected, misshaped, of another type or not finite.
     """
     config = from_published(_read_json(folder / "config.json"), folder / "config.json")
     model = Transformer(config)
@@ -102,12 +112,16 @@ def read_hf(folder: Path) -> Transformer:
     wanted = {name: tuple(t.shape) for name, t in expected.items() if name in found or name not in copies}
     ahead = any(name not in found for name in wanted if _is_ahead(name, config))
     hint = "; to read the model without its MTP modules, set num_nextn_predict_layers to 0 in config.json"
-    check_shapes(folder, wanted, found, hint if ahead else "")
+    scales = {
+        name + SCALE: scale_shape(shape)
+        for name, shape in wanted.items()
+        if name in found and len(shape) == 2 and is_codes(where[name], name)
+    }
+    check_shapes(folder, wanted | scales, found, hint if ahead else "")
     # The views alias the model's memory, so one tensor of the files is held at a time. Copies of shared
     # tensors come after their originals.
     for name in sorted(wanted, key=lambda name: name in copies):
-        tensor = where[name].get_tensor(name).to(torch.float32)
-        check_finite(folder, name, tensor)
+        tensor = loaded(folder, name, where[name], where.get(name + SCALE))
         if name not in copies:
             expected[name].copy_(tensor)
         elif not torch.equal(expected[name], tensor):
@@ -167,29 +181,28 @@ def _published(prefix: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Te
 
 
 def _write_shards(
-    folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], max_bytes: int
+    folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], max_bytes: int, weights: Weights
 ) -> dict[str, str]:
     """Write tensors in order into as few files as fit; returns which file each went to."""
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[list[tuple[str, Tensor]]] = [[]]
     room = max_bytes
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
+        size = stored_bytes(name, tensor, weights)
         if size > room and shards[-1]:
-            shards.append({})
+            shards.append([])
             room = max_bytes
-        shards[-1][name] = tensor
+        shards[-1].append((name, tensor))
         room -= size
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         several = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = f"{stem}{several}.safetensors"
         # Copies, because the format wants a storage of its own for each; one file's worth at a time.
-        own = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in shard.items()
-        }
+        own: dict[str, Tensor] = {}
+        for name, tensor in shard:
+            own |= stored(folder, name, tensor, weights)
         save_file(own, folder / file, metadata={"format": "pt"})
-        placed |= dict.fromkeys(shard, file)
+        placed |= dict.fromkeys(own, file)
     return placed
 
 

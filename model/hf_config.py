@@ -1,7 +1,7 @@
 """The published `config.json` of a `deepseek_v3` model, from and to our own configuration.
 
-What the published form can say and this architecture cannot do (another gate, tied embeddings, quantised
-weights) is an error when read, never a silent difference in the logits.
+What the published form can say and this architecture cannot do (another gate, tied embeddings, another
+quantisation) is an error when read, never a silent difference in the logits.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from model.checkpoint import CheckpointError
 from model.config import ModelConfig
+from model.hf_fp8 import QUANTIZATION, Weights
 
 PUBLISHED_EPS = 1e-6
 """Of every RMSNorm: the published code has it as a constant in the norms of both latents."""
@@ -50,13 +51,14 @@ _FIXED: dict[str, Any] = {
     "attention_bias": False,
     "tie_word_embeddings": False,
     "rope_interleave": True,
-    "quantization_config": None,
 }
 """What this architecture is. A file may leave these out (but for the first), it may not contradict them."""
 
 
-def to_published(config: ModelConfig, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """Contents of `config.json` for float32 weights.
+def to_published(
+    config: ModelConfig, bos_id: int, eos_id: int, weights: Weights = "float32"
+) -> dict[str, Any]:
+    """Contents of `config.json`.
 
     Raises CheckpointError naming a field that the published form has no place for. Not written for a model
     that was never extended: `beta_fast`, `beta_slow` and `mscale`, which then have no effect.
@@ -69,7 +71,7 @@ def to_published(config: ModelConfig, bos_id: int, eos_id: int) -> dict[str, Any
     if not config.n_shared_experts:
         raise CheckpointError("model.n_shared_experts is 0: published deepseek_v3 models have at least one")
     values = {name: getattr(config, name) for name in _SAME}
-    values |= {name: value for name, value in _FIXED.items() if value is not None}
+    values |= _FIXED | ({"quantization_config": QUANTIZATION} if weights == "fp8" else {})
     if config.n_routed_experts == config.n_group:
         # Groups of one expert: published code takes the best two of each group and fails. The best groups are
         # then the best experts, which is what no grouping at all chooses.
@@ -83,7 +85,7 @@ def to_published(config: ModelConfig, bos_id: int, eos_id: int) -> dict[str, Any
         "num_key_value_heads": config.num_attention_heads,
         "rope_scaling": _yarn(config),
         "rope_theta": config.rope_theta,
-        "torch_dtype": "float32",
+        "torch_dtype": "float32" if weights == "float32" else "bfloat16",
         "use_cache": True,
     }
 
@@ -112,10 +114,8 @@ def from_published(values: dict[str, Any], where: Path) -> ModelConfig:
         raise CheckpointError(f"{where}: model_type is {values.get('model_type')!r}, not 'deepseek_v3'")
     for name, fixed in _FIXED.items():
         if values.get(name, fixed) != fixed:
-            advice = (
-                ": convert the weights to bfloat16 or float32 first" if name == "quantization_config" else ""
-            )
-            raise CheckpointError(f"{where}: {name} is {values[name]!r}, only {fixed!r} is supported{advice}")
+            raise CheckpointError(f"{where}: {name} is {values[name]!r}, only {fixed!r} is supported")
+    _check_quantization(values.get("quantization_config"), where)
     missing = [name for name in (*_SAME, "max_position_embeddings") if values.get(name) is None]
     if missing:
         raise CheckpointError(f"{where}: no value for {', '.join(missing)}")
@@ -134,6 +134,17 @@ def from_published(values: dict[str, Any], where: Path) -> ModelConfig:
         return ModelConfig(**own)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def _check_quantization(stated: Any, where: Path) -> None:
+    """The released form alone; what else is said there does not change the values of weights."""
+    for name in ("quant_method", "fmt", "weight_block_size") if stated else ():
+        found = stated.get(name, QUANTIZATION[name]) if isinstance(stated, dict) else stated
+        if found != QUANTIZATION[name]:
+            raise CheckpointError(
+                f"{where}: quantization_config.{name} is {found!r}, only {QUANTIZATION[name]!r} is "
+                "supported: convert the weights to bfloat16 or float32 first"
+            )
 
 
 def _rotary(values: dict[str, Any], where: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -13,10 +13,13 @@ from infra.stage import InputSpec, Stage, StageContext
 
 
 class ExportConfig(StageConfig):
-    """The folder's name and the size of its files."""
+    """The model's name, and how its weights are stored."""
 
     name: str = Field("headwater-demo", description="Model name on the card")
     max_shard_bytes: int = Field(5_000_000_000, gt=0, description="Largest weight file in bytes")
+    weights: Literal["float32", "bfloat16", "fp8"] = Field(
+        "float32", description="How weights are stored; fp8: E4M3 codes with a factor for each 128x128 block"
+    )
 
 
 def run(config: ExportConfig, context: StageContext) -> None:
@@ -34,6 +37,7 @@ def run(config: ExportConfig, context: StageContext) -> None:
         checkpoint.file("tokenizer.json"),
         hf_tokenizer_config(model.config.max_position_embeddings),
         config.max_shard_bytes,
+        config.weights,
     )
     evaluations = context.inputs_of("evaluations")
     atomic_write_text(context.out / "README.md", model_card(config.name, checkpoint, evaluations, model))

@@ -274,8 +274,8 @@ def edit(file, change):
         ("config.json", lambda c: c.update(model_type="llama"), "model_type is 'llama'"),
         (
             "config.json",
-            lambda c: c.update(quantization_config={"quant_method": "fp8"}),
-            "quantization_config",
+            lambda c: c.update(quantization_config={"quant_method": "awq"}),
+            "quantization_config.quant_method is 'awq'",
         ),
         ("config.json", lambda c: c.pop("kv_lora_rank"), "no value for kv_lora_rank"),
         ("config.json", lambda c: c.update(q_lora_rank=None), "no value for q_lora_rank"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.chat import ChatTokenizer
 from data.loader import ShardLoader
+from flows.open_model import open_model
 from infra.artifact import Artifact
 from infra.verify import verify
 from model.checkpoint import load_model
@@ -229,6 +230,18 @@ def test_export(chain: Chain) -> None:
     assert built["externalParameters"]["stage"] == "export"
     behind = {one["digest"].get("sha256") for one in built["resolvedDependencies"]}
     assert {chain[node].digest for node in ("grpo", "sft", "distill", "pretrain", "ingest")} <= behind
+
+
+def test_export_in_fp8_blocks_opens_as_any_other(chain: Chain) -> None:
+    artifact = chain.build("export", {"weights": "fp8"}).artifact
+    assert artifact.json("config.json")["quantization_config"]["quant_method"] == "fp8"
+    assert artifact.file("model.safetensors").stat().st_size < (
+        0.5 * chain["export"].file("model.safetensors").stat().st_size
+    )
+    model, _ = open_model(artifact)
+    exact, _ = open_model(chain["export"])
+    for name, weight in model.state_dict().items():
+        assert (weight - exact.state_dict()[name]).norm() <= 0.05 * exact.state_dict()[name].norm(), name
 
 
 @pytest.mark.parametrize("node", CHECKPOINTS)

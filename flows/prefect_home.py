@@ -52,6 +52,6 @@ def enter(home: Path, api_url: str, lasting: bool, console: bool = True) -> None
     """
     os.environ.update(environment(home, api_url, lasting))
     if not console:
-        # A server that is gone is found to be gone in seconds (2 + 4 + 8); the command does not depend on it.
-        os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "3"
+        # A server that is gone is found to be gone in seconds; the command does not depend on it.
+        os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "1"
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"

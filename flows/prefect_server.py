@@ -1,4 +1,7 @@
-"""`python -m flows.prefect_server ...` is `prefect server ...` whose SQLite takes its write lock at BEGIN.
+"""`python -m flows.prefect_server start ...` is `prefect server start ...` whose SQLite locks at BEGIN.
+
+For a server in the foreground with one worker, which is what Headwater starts; others are processes of their
+own, without this.
 
 Prefect begins its transactions DEFERRED: one that has read must upgrade its lock to write, and when another
 has committed in between SQLite refuses at once (SQLITE_BUSY_SNAPSHOT), whatever the busy timeout. The server
@@ -10,19 +13,29 @@ requests a second each: 16% of the requests refused and 3 of 5 flow runs recorde
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from prefect.cli import app
-from prefect.server.database.configurations import AioSqliteConfiguration
+from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 
 _begin = AioSqliteConfiguration.begin_transaction
 
 
-def _begin_immediate(
+@asynccontextmanager
+async def _begin_immediate(
     self: AioSqliteConfiguration, session: Any, with_for_update: bool = False
-) -> AbstractAsyncContextManager[Any]:
-    return _begin(self, session, with_for_update=True)
+) -> AsyncIterator[Any]:
+    async with _begin(self, session, with_for_update=True) as transaction:
+        # The mode holds for whatever begins inside the block. A second session, opened there to read, would
+        # wait for the very lock that this one has: so take the lock now, and give the others Prefect's mode.
+        await session.connection()
+        token = SQLITE_BEGIN_MODE.set("DEFERRED")
+        try:
+            yield transaction
+        finally:
+            SQLITE_BEGIN_MODE.reset(token)
 
 
 def main() -> None:

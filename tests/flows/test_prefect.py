@@ -42,10 +42,12 @@ class Up:
     process: subprocess.Popen[bytes]
     url: str
 
-    def call(self, path: str, body: Any = None) -> Any:
+    def call(self, path: str, body: Any = None, method: str | None = None) -> Any:
         """One request to the server's API."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}, method=method
+        )
         with _LOOPBACK.open(request, timeout=30) as answer:
             text = answer.read()
         return json.loads(text) if text else None
@@ -254,6 +256,16 @@ def test_writers_side_by_side_are_not_refused(up: Up) -> None:
         assert len(set(pool.map(write, range(120)))) == 120
 
 
+def test_a_queue_is_paused_at_once(up: Up) -> None:
+    """The server opens a second session inside the transaction here, which must not wait for the first."""
+    queues = "/work_pools/headwater/queues"
+    up.call(queues, {"name": "paused"})
+    began = time.monotonic()
+    up.call(f"{queues}/paused", {"is_paused": True}, "PATCH")
+    assert time.monotonic() - began < 20
+    assert up.call(f"{queues}/paused")["is_paused"]
+
+
 def test_a_run_of_the_command_is_recorded_where_up_runs(up: Up) -> None:
     command = [sys.executable, "-P", "-m", "flows.cli", "run", "--preset", str(TOY), "--run", "typed"]
     done = subprocess.run(command, env=environment(up.home), capture_output=True, text=True, timeout=120)
@@ -336,9 +348,11 @@ def test_a_server_that_dies_in_the_middle_keeps_no_run_from_its_work(tmp_path: P
         for line in process.stderr:
             if "train" in line and "25%" in line:
                 break
-        for one in psutil.Process(process.pid).children():
-            if "flows.prefect_server" in one.cmdline():
-                one.kill()
+        started = psutil.Process(process.pid).children()
+        servers = [one for one in started if "flows.prefect_server" in one.cmdline()]
+        assert servers
+        for one in servers:
+            one.kill()
         out, errors = process.communicate(timeout=150)
         assert process.returncode == 0, errors
         assert "last     built" in out

@@ -35,7 +35,7 @@ QUANTIZATION: dict[str, Any] = {
 """`quantization_config` of the released `config.json`."""
 
 _QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
-_READ = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_READ = ("F32", "BF16", "F16")
 _CODES = "F8_E4M3"
 
 
@@ -82,20 +82,20 @@ def is_codes(reader: Any, name: str) -> bool:
 
 
 def loaded(folder: Path, name: str, reader: Any, scales: Any) -> Tensor:
-    """A tensor of an open file as float32; `scales` is the open file of its factors if it is quantised.
+    """A tensor of an open file as float32; `scales` is the open file of its factors, None where it has none.
 
     Raises CheckpointError when it is of another type than float32, bfloat16, float16 and E4M3, or not finite.
     """
     kind = str(reader.get_slice(name).get_dtype())
-    if kind == _CODES:
-        factors = scales.get_tensor(name + SCALE)
-        check_finite(folder, name + SCALE, factors)
-        tensor = dequantize(Quantized(reader.get_tensor(name), factors.float(), BLOCKS))
-    elif kind in _READ:
+    if kind in _READ:
         tensor = reader.get_tensor(name).float()
+    elif kind == _CODES and scales is not None:
+        factors = loaded(folder, name + SCALE, scales, None)
+        tensor = dequantize(Quantized(reader.get_tensor(name), factors, BLOCKS))
     else:
         raise CheckpointError(
-            f"{folder}: {name} is stored as {kind}; {', '.join(_READ)} and {_CODES} with its factors are read"
+            f"{folder}: {name} is stored as {kind}; {', '.join(_READ)} are read, and a matrix as {_CODES} "
+            "with its factors: convert it to one of them"
         )
     check_finite(folder, name, tensor)
     return tensor

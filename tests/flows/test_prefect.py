@@ -246,7 +246,7 @@ def test_a_wrong_value_is_refused_by_the_form(up: Up) -> None:
 
 
 def test_writers_side_by_side_are_not_refused(up: Up) -> None:
-    """With Prefect's own transactions about a third of these answers is 503: see flows.prefect_server."""
+    """With Prefect's own transactions some of these are answered with 503: see flows.prefect_server."""
     identity = up.call("/flows/", {"name": "crowd"})["id"]
 
     def write(_: int) -> str:

@@ -123,6 +123,14 @@ def test_bfloat16_comes_back_rounded(export):
             lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int32)}),
             "lm_head.weight is stored as I32",
         ),
+        (
+            lambda t: t.update({f"{UP}_scale_inv": torch.ones(2, 2, dtype=torch.float8_e8m0fnu)}),
+            f"{UP}_scale_inv is stored as F8_E8M0",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(144).to(torch.float8_e4m3fn)}),
+            "model.norm.weight is stored as F8_E4M3",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(export, change, message):

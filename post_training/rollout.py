@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.chat import ChatTokenizer
 from infra.errors import HeadwaterError
-from model.engine.engine import Engine, Request
+from model.engine.engine import Engine
+from model.engine.request import Request
 from model.engine.sampling import Sampling
 from post_training.tasks.problem import Problem
 from post_training.verifiers import Verdict, verify
@@ -54,9 +55,10 @@ def sample(
         first = asked[problem.id, system]
         asked[problem.id, system] += samples
         requests += [
-            Request(prompt, _seed(sampling.seed, problem.id, system, first + i)) for i in range(samples)
+            Request(prompt, replace(sampling, seed=_seed(sampling.seed, problem.id, system, first + i)))
+            for i in range(samples)
         ]
-    completions = engine.generate(requests, sampling)
+    completions = engine.generate(requests)
     rollouts = []
     for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):
         problem, system = problems[index // samples], systems[index // samples]

@@ -101,7 +101,7 @@ def other_device() -> Iterator[torch.device]:
         with (
             mock.patch.object(optimizer, "_get_fused_kernels_supported_devices", return_value=fused),
             # Inference tensors cannot be wrapped; without gradients the same operators run.
-            mock.patch.object(Engine, "generate", torch.no_grad()(Engine.generate.__wrapped__)),
+            mock.patch.object(Engine, "step", torch.no_grad()(Engine.step.__wrapped__)),
             _Mode(),
         ):
             yield DEVICE

@@ -1,180 +1,296 @@
-"""Generation: latent cache, absorbed decoding, rows that leave the batch when they finish.
+"""The inference engine: continuous batching over a paged latent cache.
 
-Prompts are read in the expanded form and then every step runs in the absorbed form on cached latents.
-Requests wait in a queue; when enough rows have finished, the batch is compacted and refilled. Requests with
-the same prompt share one reading of it, as the samples of a GRPO group do.
-Legend: B rows, L cache length, W latent width (C + R), D hidden, O vocabulary.
+Rollouts, distillation, evaluation, chat and serving all generate here. Requests are submitted at any time;
+each `step` reads some new tokens of every running request, decoding rows beside pieces of prompts, and says
+what came out. Finished rows leave at once and waiting ones take their places.
+Legend: n sampled positions, O vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from model.engine.sampling import Sampling, choose, uniforms
+from model.engine.batching import assemble
+from model.engine.draft import draft
+from model.engine.errors import RequestError
+from model.engine.forward import Forward
+from model.engine.pages import PAGE, Pages
+from model.engine.request import Completion, Request, Update
+from model.engine.rows import Row, Rows, Span, pages_for
+from model.engine.sampling import Rules, choose
+from model.engine.stopping import StopStrings
+from model.engine.weights import Weights
 from model.transformer import Transformer
 
 
-@dataclass(frozen=True)
-class Request:
-    """Token ids to continue, and this request's own random seed."""
-
-    prompt: tuple[int, ...]
-    seed: int = 0
-
-
 @dataclass
-class Completion:
-    """Generated ids (the stop token included), the log-probability of each under the untempered model, and
-    why generation ended: "stop" or "length"."""
+class Figures:
+    """What an engine has done since it was made."""
 
-    tokens: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    finish: str = "length"
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Tokens of the prompts that were submitted."""
+    reused_tokens: int = 0
+    """Tokens that a row found in the cache when it began, or began again."""
+    made_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
+    """Times that a row gave its pages back and began again."""
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafts that were accepted, 0 before there was one."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
 
 
 class Engine:
-    """`max_rows` bounds the batch. Prompt and answer together must fit `context`, the model's own by default;
-    a larger one asks the model for more than it was trained for."""
+    """`max_rows` bounds the batch and `chunk` the prompt tokens of a step. Prompt and answer together must
+    fit `context`, the model's own by default; a larger one asks for more than the model was trained for.
+    `cache_tokens` bounds the cache (0: enough for every row at full context; memory is taken as needed).
+
+    `invariant`: an answer's bits do not depend on what else is in the batch (see `model.engine.tiles`).
+    `drafts`: how many tokens the prediction module guesses ahead; answers do not change.
+    `token_bytes`: what each id stands for, needed for stop strings.
+    """
 
     def __init__(
-        self, model: Transformer, stop_ids: Sequence[int], max_rows: int = 128, context: int = 0
+        self,
+        model: Transformer,
+        stop_ids: Sequence[int],
+        *,
+        max_rows: int = 128,
+        context: int = 0,
+        token_bytes: Sequence[bytes] | None = None,
+        invariant: bool = False,
+        drafts: int = 0,
+        chunk: int = 2048,
+        cache_tokens: int = 0,
     ) -> None:
-        self.model = model.eval()
-        self.context = context or model.config.max_position_embeddings
-        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.embed_tokens.device)
-        self.max_rows = max_rows
+        if drafts and not model.mtp:
+            raise RequestError(
+                "the engine was asked for drafts, but this model has no prediction module: set drafts to 0"
+            )
+        for name, value in (("max_rows", max_rows), ("chunk", chunk)):
+            if value < 1:
+                raise RequestError(f"{name} is {value}: it must be at least 1")
+        c = model.config
+        self.model = model
+        self.context = context or c.max_position_embeddings
+        self.stop_ids = frozenset(stop_ids)
+        self.token_bytes = token_bytes
+        self.drafts = drafts
+        self.figures = Figures()
+        self.weights = Weights(model, draft=drafts > 0)
+        pages = -(-cache_tokens // PAGE) or max_rows * pages_for(self.context, drafts)
+        layers = c.num_hidden_layers + (drafts > 0)
+        self.pages = Pages(layers, c.latent_dim, self.weights.dtype, model.embed_tokens.device, pages)
+        self._rows = Rows(self.pages, max_rows, chunk, self.context, drafts)
+        self._forward = Forward(model, self.weights, self.pages, invariant)
+        self._live: dict[int, Row] = {}
+        self._next = 0
+        self._rules: tuple[list[Row], Rules] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._live)
+
+    @property
+    def rows(self) -> int:
+        """Requests in the batch."""
+        return len(self._rows.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not in the batch yet."""
+        return len(self._rows.waiting)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns the ticket that its updates carry.
+
+        RequestError (a ValueError) when the prompt is empty, leaves no room in the context, has ids outside
+        the vocabulary, or could never fit the cache.
+        """
+        prompt, sampling = request.prompt, request.sampling
+        if not prompt or len(prompt) >= self.context:
+            raise RequestError(
+                f"a prompt of {len(prompt)} tokens; between 1 and {self.context - 1} fit this model's "
+                f"context of {self.context}"
+            )
+        vocabulary = self.model.config.vocab_size
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            odd = next(i for i in prompt if not 0 <= i < vocabulary)
+            raise RequestError(
+                f"the prompt holds token {odd}, and the model's vocabulary has {vocabulary}: it was made "
+                "with another tokenizer"
+            )
+        if sampling.stop and self.token_bytes is None:
+            raise RequestError("sampling.stop needs an engine that was given token_bytes")
+        longest = min(self.context, len(prompt) + sampling.max_tokens)
+        if pages_for(longest, self.drafts) > self.pages.limit:
+            raise RequestError(
+                f"prompt and answer may take {longest} tokens, and the cache holds "
+                f"{self.pages.limit * PAGE}: lower max_tokens or raise cache_tokens"
+            )
+        if not self._live and self.weights.stale:
+            self.refresh()
+        stop = StopStrings(sampling.stop, self.token_bytes or ()) if sampling.stop else None
+        row = Row(self._next, request, list(prompt), stop)
+        self._next += 1
+        self._live[row.ticket] = row
+        self._rows.waiting.append(row)
+        self.figures.prompt_tokens += len(prompt)
+        return row.ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a request; no more updates come for it. A finished one's ticket is no error."""
+        row = self._live.pop(ticket, None)
+        if row is not None:
+            self._rows.finish(row)
+
+    def refresh(self, model: Transformer | None = None) -> None:
+        """Read the weights again, or another model's of the same shape, between the steps of training say.
+
+        Rows that are running go on with the latents they have; nothing cached serves later requests. It
+        happens by itself when a request comes to an idle engine whose model has changed.
+        """
+        model = model or self.model
+        if model.config != self.model.config or model.precision != self.model.precision:
+            raise RequestError("the new weights are of another configuration or precision: make a new engine")
+        self.model = model
+        self.weights = Weights(model, draft=self.drafts > 0)
+        self._forward.model, self._forward.weights = model, self.weights
+        self._rows.forget()
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """Completions in the order of the requests. ValueError names a prompt that does not fit."""
-        context = self.context
-        for index, request in enumerate(requests):
-            if not request.prompt or len(request.prompt) >= context:
-                raise ValueError(
-                    f"request {index}: a prompt of {len(request.prompt)} tokens; between 1 and "
-                    f"{context - 1} fit this model's context of {context}"
-                )
-        self.model.eval()
-        done = [Completion() for _ in requests]
-        # Longest first, so that rows of a batch are alike in length and little cache is empty.
-        queue = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt))
-        batch = _Batch(self.model)
-        while queue or batch.rows:
-            if queue and len(batch.rows) <= self.max_rows // 2:
-                taken, queue = (
-                    queue[: self.max_rows - len(batch.rows)],
-                    queue[self.max_rows - len(batch.rows) :],
-                )
-                batch.admit(taken, [requests[i] for i in taken])
-            tokens_B, log_probs_B = batch.sample(sampling)
-            stopped_B = torch.isin(tokens_B, self.stop_ids)
-            for row, token, log_prob in zip(batch.rows, tokens_B.tolist(), log_probs_B.tolist(), strict=True):
-                done[row].tokens.append(token)
-                done[row].log_probs.append(log_prob)
-            full_B = (batch.made_B + 1 >= sampling.max_tokens) | (batch.lengths_B + 1 >= context)
-            for row, stopped in zip(batch.rows, stopped_B.tolist(), strict=True):
-                if stopped:
-                    done[row].finish = "stop"
-            batch.advance(tokens_B, ~(stopped_B | full_B))
-        return done
+    def step(self) -> list[Update]:
+        """Read new tokens of every running request once; what came out, nothing when idle."""
+        rows = self._rows
+        rows.admit()
+        spans = rows.spans()
+        if not spans:
+            return []
+        self.figures.steps += 1
+        self.figures.reused_tokens, self.figures.preemptions = rows.reused, rows.preemptions
+        news = [(s.row, s.start, self._new_tokens(s)) for s in spans]
+        batch, places = assemble(news, rows.table, width=1 + self.drafts)
+        hidden_SD = self._forward.hidden(batch)
+        updates, read = self._sample(spans, places, hidden_SD)
+        if self.drafts:
+            going = [entry for entry in read if entry[0].line >= 0]
+            if going:
+                draft(self._forward, rows, going, hidden_SD)
+        for span in spans:
+            if span.row.line >= 0:
+                rows.publish(span.row, span.row.cached)
+        return updates
 
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Completions in the order of the requests. RequestError names one that cannot be served.
 
-class _Batch:
-    """Rows being generated, their cached latents, and the logits of each one's next token."""
+        The engine must be idle, since updates of others would be lost.
+        """
+        if self._live:
+            raise RequestError(
+                "generate() needs an idle engine: collect what was submitted with step() first"
+            )
+        done: dict[int, Completion] = {}
+        try:
+            for number, request in enumerate(requests):
+                try:
+                    done[self.submit(request)] = Completion()
+                except RequestError as error:
+                    raise type(error)(f"request {number}: {error}") from None
+            while self.busy:
+                for update in self.step():
+                    done[update.ticket].add(update)
+        finally:
+            # An interrupted call leaves nothing behind that a later one would have to work on.
+            for ticket in done:
+                self.cancel(ticket)
+        return list(done.values())
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
-        c = model.config
-        device = self.device = model.embed_tokens.device
-        dtype = model.precision.activation_dtype
-        self.rows: list[int] = []
-        self.caches = [torch.empty(0, 0, c.latent_dim, device=device, dtype=dtype) for _ in model.layers]
-        self.lengths_B = torch.empty(0, dtype=torch.long, device=device)
-        self.made_B = torch.empty(0, dtype=torch.long, device=device)
-        self.seeds_B = torch.empty(0, dtype=torch.long, device=device)
-        self.logits_BO = torch.empty(0, c.vocab_size, device=device)
+    @staticmethod
+    def _new_tokens(span: Span) -> list[int]:
+        own = span.row.tokens[span.start : span.start + span.count]
+        return own + span.row.drafts if span.ends else own
 
-    def admit(self, rows: list[int], requests: list[Request]) -> None:
-        """Read the prompts, each distinct one once, and add their rows."""
-        distinct = sorted({r.prompt for r in requests}, key=lambda p: (-len(p), p))
-        place = {prompt: i for i, prompt in enumerate(distinct)}
-        expand = torch.tensor([place[r.prompt] for r in requests], device=self.device)
-        lengths = torch.tensor([len(p) for p in distinct], device=self.device)
-        caches, logits = self._prefill(distinct, lengths)
-        new_lengths = lengths[expand]
-        self.caches = [_stack(old, new[expand]) for old, new in zip(self.caches, caches, strict=True)]
-        self.logits_BO = torch.cat((self.logits_BO, logits[expand]))
-        self.lengths_B = torch.cat((self.lengths_B, new_lengths))
-        self.made_B = torch.cat((self.made_B, torch.zeros_like(new_lengths)))
-        self.seeds_B = torch.cat((self.seeds_B, torch.tensor([r.seed for r in requests], device=self.device)))
-        self.rows += rows
+    def _sample(
+        self, spans: list[Span], places: list[int], hidden_SD: Tensor
+    ) -> tuple[list[Update], list[tuple[Row, int, list[int]]]]:
+        """Choose what follows the spans that end their rows, and take over the drafts that it confirms.
 
-    def _prefill(self, prompts: list[tuple[int, ...]], lengths: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Latents and last-position logits of right-padded prompts: causal masking hides the padding."""
-        longest = int(lengths.max())
-        tokens_BT = torch.tensor([[*p, *([0] * (longest - len(p)))] for p in prompts], device=self.device)
-        cos, sin = self.model.rotation(longest)
-        x = F.embedding(tokens_BT, self.model.embed_tokens).to(self.model.precision.activation_dtype)
-        caches = []
-        for layer in self.model.layers:
-            normed = layer.input_layernorm(x)
-            latents = layer.self_attn.latents(normed, cos, sin)
-            x = x + layer.self_attn.expanded(layer.self_attn.queries(normed, cos, sin), latents, None)
-            x, _ = layer.feed_forward(x)
-            caches.append(latents)
-        last = x[torch.arange(len(prompts), device=self.device), lengths - 1]
-        return caches, self.model.logits(self.model.norm(last))
+        Also returns for each row from which position on it was read for good, and where the states of those
+        tokens lie in `hidden_SD`.
+        """
+        flat: list[int] = []
+        owners: list[Row] = []
+        made: list[int] = []
+        for span, place in zip(spans, places, strict=True):
+            if span.ends:
+                ahead = len(span.row.drafts) + 1
+                flat += range(place + span.count - 1, place + span.count - 1 + ahead)
+                owners += [span.row] * ahead
+                made += range(span.row.made, span.row.made + ahead)
+        tokens, log_probs = self._choose(hidden_SD, flat, owners, made) if flat else ([], [])
+        updates: list[Update] = []
+        read: list[tuple[Row, int, list[int]]] = []
+        at = 0
+        for span, place in zip(spans, places, strict=True):
+            row, count = span.row, span.count
+            if span.ends:
+                ahead = len(row.drafts) + 1
+                update = self._accept(row, tokens[at : at + ahead], log_probs[at : at + ahead])
+                at += ahead
+                updates.append(update)
+                count += len(update.tokens) - 1
+                row.cached += count
+                if update.finish is not None:
+                    # What the prediction module would have made of the last tokens is missing there.
+                    self._rows.publish(row, span.start if self.drafts else row.cached)
+                    self._rows.finish(row)
+                    del self._live[row.ticket]
+            else:
+                row.cached += count
+            read.append((row, span.start, list(range(place, place + count))))
+        return updates, read
 
-    def sample(self, sampling: Sampling) -> tuple[Tensor, Tensor]:
-        """Next token of every row and its log-probability at temperature 1."""
-        draws_B = uniforms(self.seeds_B, self.made_B) if sampling.temperature > 0 else self.made_B.double()
-        tokens_B = choose(self.logits_BO, sampling.temperature, sampling.top_p, draws_B)
-        log_probs_B = torch.log_softmax(self.logits_BO, -1).gather(1, tokens_B[:, None]).squeeze(1)
-        return tokens_B, log_probs_B
+    def _choose(
+        self, hidden_SD: Tensor, flat: list[int], owners: list[Row], made: list[int]
+    ) -> tuple[list[int], list[float]]:
+        """Tokens at the given places of the batch, and their log-probabilities at temperature 1."""
+        device = hidden_SD.device
+        if self._rules is None or self._rules[0] != owners:
+            self._rules = owners, Rules.of([row.request.sampling for row in owners], device)
+        whole = len(flat) == len(hidden_SD)
+        states = hidden_SD if whole else hidden_SD.index_select(0, torch.tensor(flat, device=device))
+        logits_nO = self._forward.logits(states)
+        tokens_n = choose(logits_nO, self._rules[1], self._rules[1].draws(made))
+        picked_n = logits_nO.gather(1, tokens_n[:, None]).squeeze(1)
+        return tokens_n.tolist(), (picked_n - logits_nO.logsumexp(-1)).tolist()
 
-    def advance(self, tokens_B: Tensor, alive_B: Tensor) -> None:
-        """Feed the sampled tokens; finished rows leave first."""
-        if not bool(alive_B.all()):
-            keep = alive_B.nonzero().squeeze(1)
-            longest = int(self.lengths_B[keep].max()) if len(keep) else 0
-            self.rows = [self.rows[i] for i in keep.tolist()]
-            self.caches = [cache[keep, :longest] for cache in self.caches]
-            self.lengths_B, self.made_B = self.lengths_B[keep], self.made_B[keep]
-            self.seeds_B, tokens_B = self.seeds_B[keep], tokens_B[keep]
-            if not self.rows:
-                self.logits_BO = self.logits_BO[:0]
-                return
-        self.logits_BO = self._decode(tokens_B)
-        self.lengths_B = self.lengths_B + 1
-        self.made_B = self.made_B + 1
-
-    def _decode(self, tokens_B: Tensor) -> Tensor:
-        """One absorbed step: write each row's latent at its own position, attend, and score the next
-        token."""
-        longest = int(self.lengths_B.max()) + 1
-        if self.caches[0].shape[1] < longest:
-            # Grown in steps, so that copying is rare.
-            self.caches = [F.pad(cache, (0, 0, 0, longest + 31 - cache.shape[1])) for cache in self.caches]
-        cos, sin = (table[self.lengths_B] for table in self.model.rotation(longest))
-        blocked_BL = torch.arange(longest, device=self.device) > self.lengths_B[:, None]
-        blocked = blocked_BL if bool(blocked_BL.any()) else None
-        every = torch.arange(len(self.rows), device=self.device)
-        x = F.embedding(tokens_B, self.model.embed_tokens).to(self.model.precision.activation_dtype)
-        for layer, cache in zip(self.model.layers, self.caches, strict=True):
-            normed = layer.input_layernorm(x)
-            cache[every, self.lengths_B] = layer.self_attn.latents(normed, cos, sin)
-            query = layer.self_attn.queries(normed, cos, sin)
-            x = x + layer.self_attn.absorbed(query, cache[:, :longest], blocked)
-            x = layer.feed_forward(x[:, None])[0][:, 0]
-        return self.model.logits(self.model.norm(x))
-
-
-def _stack(old: Tensor, new: Tensor) -> Tensor:
-    """Concatenate rows of caches of different lengths, padded with zeros to the longer one."""
-    longest = max(old.shape[1], new.shape[1])
-    return torch.cat([F.pad(cache, (0, 0, 0, longest - cache.shape[1])) for cache in (old, new)])
+    def _accept(self, row: Row, tokens: list[int], log_probs: list[float]) -> Update:
+        """The tokens that stand: the first, and each after a draft that was right."""
+        self.figures.drafted_tokens += len(row.drafts)
+        finish = stopped_by = None
+        taken = 0
+        for number, token in enumerate(tokens):
+            taken += 1
+            row.tokens.append(token)
+            row.made += 1
+            stopped_by = row.stop.feed(token) if row.stop else None
+            if token in self.stop_ids or stopped_by is not None:
+                finish = "stop"
+            elif row.made >= row.request.sampling.max_tokens or len(row.tokens) >= self.context:
+                finish = "length"
+            if finish or number == len(row.drafts) or token != row.drafts[number]:
+                break
+        self.figures.accepted_tokens += taken - 1
+        self.figures.made_tokens += taken
+        row.drafts = []
+        return Update(row.ticket, tuple(tokens[:taken]), tuple(log_probs[:taken]), finish, stopped_by)

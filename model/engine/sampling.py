@@ -1,34 +1,89 @@
 """How the next token is chosen. Each request draws from its own stream of random numbers.
 
 The draw at a position is a hash of the request's seed and that position, so a request gives the same text
-whatever else is in the batch and in whatever order requests finish.
+whatever else is in the batch, in whatever order requests finish, and whether or not its tokens were drafted.
 Legend: B rows, O vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from model.engine.errors import SamplingError
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 is greedy. `top_p` 1 keeps the whole distribution."""
+    """One request's rules. `temperature` 0 is greedy. Of the tempered distribution the `top_k` likeliest
+    tokens stay (0: all), of those the smallest set that holds `top_p` of their mass, and of those what is at
+    least `min_p` times as likely as the likeliest. Raises SamplingError naming the field."""
 
     max_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer when its text comes to contain one of them."""
     seed: int = 0
+    """Which stream of random numbers the request draws from."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise ValueError(f"sampling.max_tokens is {self.max_tokens}: ask for at least one token")
-        if self.temperature < 0:
-            raise ValueError(f"sampling.temperature is {self.temperature}: it must be 0 (greedy) or more")
+            raise SamplingError(f"sampling.max_tokens is {self.max_tokens}: ask for at least one token")
+        if not 0 <= self.temperature < float("inf"):
+            raise SamplingError(
+                f"sampling.temperature is {self.temperature}: it must be 0 (greedy) or more, and finite"
+            )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p is {self.top_p}: it must be in (0, 1]")
+            raise SamplingError(f"sampling.top_p is {self.top_p}: it must be in (0, 1]")
+        if self.top_k < 0:
+            raise SamplingError(f"sampling.top_k is {self.top_k}: it must be 0 (all tokens) or more")
+        if not 0 <= self.min_p <= 1:
+            raise SamplingError(f"sampling.min_p is {self.min_p}: it must be in [0, 1]")
+        if any(not text for text in self.stop):
+            raise SamplingError("sampling.stop holds an empty string, which would end every answer at once")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise SamplingError(f"sampling.seed is {self.seed}: it must fit 64 bits")
+
+
+@dataclass
+class Rules:
+    """The sampling rules of a batch's rows as tensors [B]."""
+
+    temperature_B: Tensor
+    top_p_B: Tensor
+    top_k_B: Tensor
+    min_p_B: Tensor
+    seeds_B: Tensor
+    greedy: bool
+    """Every row is greedy."""
+    filtered: bool
+    """Some row leaves tokens out."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], device: torch.device | str = "cpu") -> Rules:
+        def tensor(values: list[float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        return cls(
+            tensor([r.temperature for r in rows], torch.float64),
+            tensor([r.top_p for r in rows], torch.float64),
+            tensor([r.top_k for r in rows], torch.int64),
+            tensor([r.min_p for r in rows], torch.float64),
+            tensor([r.seed for r in rows], torch.int64),
+            all(r.temperature == 0 for r in rows),
+            any(r.temperature > 0 and (r.top_p < 1 or r.top_k or r.min_p) for r in rows),
+        )
+
+    def draws(self, made: Sequence[int]) -> Tensor:
+        """Each row's number for its next token, when it has made so many: float64 [B]."""
+        made_B = torch.tensor(made, device=self.seeds_B.device)
+        return made_B.double() if self.greedy else uniforms(self.seeds_B, made_B)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -48,16 +103,35 @@ def uniforms(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
     return ((mixed >> 11) & ((1 << 53) - 1)).double() / float(1 << 53)
 
 
-def choose(logits_BO: Tensor, temperature: float, top_p: float, draws_B: Tensor) -> Tensor:
-    """The next token of every row, int64 [B], by inverting the cumulative distribution at `draws_B`."""
-    if temperature == 0:
-        return logits_BO.argmax(-1)
-    probs_BO = torch.softmax(logits_BO.double() / temperature, -1)
-    if top_p < 1:
-        ordered, order = probs_BO.sort(-1, descending=True)
-        # A token stays while the mass before it is below top_p, so at least one always stays.
-        dropped = (ordered.cumsum(-1) - ordered) >= top_p
-        probs_BO = probs_BO.masked_fill(torch.zeros_like(dropped).scatter_(1, order, dropped), 0.0)
+def choose(logits_BO: Tensor, rules: Rules, draws_B: Tensor) -> Tensor:
+    """The next token of every row, int64 [B], by inverting its cumulative distribution at `draws_B`.
+
+    Every operation works on a row by itself.
+    """
+    best_B = logits_BO.argmax(-1)
+    if rules.greedy:
+        return best_B
+    greedy_B = rules.temperature_B == 0
+    temperature_B1 = torch.where(greedy_B, 1.0, rules.temperature_B)[:, None]
+    probs_BO = torch.softmax(logits_BO.double() / temperature_B1, -1)
+    if rules.filtered:
+        probs_BO = _filtered(probs_BO, rules)
     cumulative = probs_BO.cumsum(-1)
     target = draws_B[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=probs_BO.shape[1] - 1)
+    drawn_B = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=probs_BO.shape[1] - 1)
+    return torch.where(greedy_B, best_B, drawn_B)
+
+
+def _filtered(probs_BO: Tensor, rules: Rules) -> Tensor:
+    """Probabilities with what top_k, top_p and min_p leave out set to zero; the likeliest token stays."""
+    ordered, order = probs_BO.sort(dim=-1, descending=True, stable=True)
+    rank_O = torch.arange(probs_BO.shape[1], device=probs_BO.device)
+    dropped = (rank_O >= rules.top_k_B[:, None]) & (rules.top_k_B[:, None] > 0)
+    ordered = ordered.masked_fill(dropped, 0.0)
+    before = ordered.cumsum(-1) - ordered
+    # At top_p 1 nothing goes, whatever the rounding of the sum.
+    whole = rules.top_p_B[:, None] >= 1
+    dropped |= (before >= rules.top_p_B[:, None] * ordered.sum(-1, keepdim=True)) & ~whole
+    dropped |= ordered < rules.min_p_B[:, None] * ordered[:, :1]
+    dropped[:, 0] = False
+    return probs_BO.masked_fill(torch.zeros_like(dropped).scatter_(1, order, dropped), 0.0)

@@ -112,7 +112,8 @@ def test_the_export_answers_in_transformers_as_the_engine_does(home: Path) -> No
 
     from data.chat import EOS
     from flows.open_model import open_model
-    from model.engine.engine import Engine, Request
+    from model.engine.engine import Engine
+    from model.engine.request import Request
     from model.engine.sampling import Sampling
 
     export = Store(home).resolve("smoke")
@@ -120,8 +121,9 @@ def test_the_export_answers_in_transformers_as_the_engine_does(home: Path) -> No
     theirs = AutoModelForCausalLM.from_pretrained(export.path, dtype=torch.float32).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(export.path)
     prompts = ["Reverse 32.", "Reverse 70.", "Reverse 58.", "What is the pass key?"]
-    requests = [Request(tuple(tokenizer.prompt_ids(prompt))) for prompt in prompts]
-    ours = Engine(model, [EOS]).generate(requests, Sampling(max_tokens=24, temperature=0.0))
+    sampling = Sampling(max_tokens=24, temperature=0.0)
+    requests = [Request(tuple(tokenizer.prompt_ids(prompt)), sampling) for prompt in prompts]
+    ours = Engine(model, [EOS]).generate(requests)
     for prompt, request, completion in zip(prompts, requests, ours, strict=True):
         message = [{"role": "user", "content": prompt}]
         ids = their_tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)

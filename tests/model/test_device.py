@@ -8,7 +8,8 @@ import torch
 
 from infra.errors import HeadwaterError
 from model.device import pick_device
-from model.engine.engine import Engine, Request
+from model.engine.engine import Engine
+from model.engine.request import Request
 from model.engine.sampling import Sampling
 from model.train import Position, held_out_loss
 from model.transformer import Transformer
@@ -68,13 +69,15 @@ def test_training_follows_its_model_and_resumes_there(tmp_path, optimizer, preci
 
 
 def test_generation_and_held_out_loss_follow_their_model():
-    requests = [Request((3, 9, 4), 1), Request((3, 9, 4), 2), Request((5, 2, 2, 7), 3)]
-    sampling = Sampling(max_tokens=12, temperature=1.0, top_p=0.9)
+    prompts = [(3, 9, 4), (3, 9, 4), (5, 2, 2, 7)]
+    requests = [Request(p, Sampling(12, 1.0, top_p=0.9, seed=seed)) for seed, p in enumerate(prompts)]
     here = tiny()
 
     def answers(model: Transformer) -> list:
         return [
-            (c.tokens, c.log_probs) for c in Engine(model, range(5), max_rows=2).generate(requests, sampling)
+            (c.tokens, c.log_probs)
+            for options in ({}, {"drafts": 2}, {"invariant": True}, {"chunk": 2})
+            for c in Engine(model, range(5), max_rows=2, **options).generate(requests)
         ]
 
     expected = answers(here), held_out_loss(here, Rows(5, 20, counted=0.7), 5)
@@ -106,6 +109,6 @@ def test_a_gpu_trains_to_the_same_bits_twice(tmp_path):
     cpu = tiny()
     run(tmp_path, cpu, Rows(13, 24, documents=2), 4, store=Shelf(), mask_documents=True, bias_speed=0.01)
     assert (cpu.embed_tokens - runs[0].embed_tokens.cpu()).abs().max() < 1e-3
-    requests = [Request((3, 9, 4), seed) for seed in range(4)]
-    answers = Engine(runs[0], [TINY.vocab_size]).generate(requests, Sampling(max_tokens=8))
+    requests = [Request((3, 9, 4), Sampling(max_tokens=8, seed=seed)) for seed in range(4)]
+    answers = Engine(runs[0], [TINY.vocab_size]).generate(requests)
     assert all(len(answer.tokens) == 8 for answer in answers)

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.checkpoint import CheckpointError
-from model.engine.engine import Engine, Request
+from model.engine.engine import Engine
+from model.engine.request import Request
 from model.engine.sampling import Sampling
 from model.hf import read_hf, write_hf
 from model.transformer import Transformer
@@ -77,7 +78,7 @@ def test_transformers_answers_as_the_engine_does(export, caplog):
     answer = twin.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False
     )
-    ours = Engine(model, [1]).generate([Request(prompt)], Sampling(max_tokens=20, temperature=0.0))
+    ours = Engine(model, [1]).generate([Request(prompt, Sampling(max_tokens=20, temperature=0.0))])
     assert answer[0, len(prompt) :].tolist() == ours[0].tokens
     # The end token is the configuration's: with it in reach, both stop at it.
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_transformers_answers_as_the_engine_does(export, caplog):
     answer = twin.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False
     )
-    ours = Engine(model, [1]).generate([Request(prompt)], Sampling(max_tokens=20, temperature=0.0))
+    ours = Engine(model, [1]).generate([Request(prompt, Sampling(max_tokens=20, temperature=0.0))])
     assert ours[0].finish == "stop"
     assert answer[0, len(prompt) :].tolist() == ours[0].tokens
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from data.chat import EOS, ChatTokenizer
 from infra.errors import HeadwaterError
-from model.engine.engine import Completion, Request
+from model.engine.request import Completion, Request
 from model.engine.sampling import Sampling
 from post_training.evaluate import (
     PASSKEY_TOKENS,
@@ -97,8 +98,8 @@ class Reader:
         self.context = 10**6
         self.samplings: list[Sampling] = []
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        self.samplings.append(sampling)
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self.samplings += {replace(r.sampling, seed=0) for r in requests}
         return [Completion([*self.tokenizer.encode(self._answer(r.prompt)), EOS]) for r in requests]
 
     def _answer(self, prompt: tuple[int, ...]) -> str:

@@ -1,0 +1,93 @@
+"""Expert layers while decoding: a few rows, each to its own experts.
+
+The products of a step are small, so what counts is how many there are and which weights they read. A single
+row goes through its experts one by one; a batch goes through all experts at once, padded to the fullest
+one; many rows, as in reading prompts, give each expert a product of its own.
+Legend: S rows, D hidden, K experts a row, P (row, expert) pairs, E experts, M rows of the fullest expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.engine.tiles import TILE
+from model.engine.weights import ExpertWeights, opened
+
+ONE_BY_ONE = 8
+"""Pairs up to which each is computed by itself."""
+EACH_ITS_OWN = 48
+"""Mean rows an expert from which each gets its own product."""
+
+
+def route(weights: ExpertWeights, x_SD: Tensor) -> tuple[Tensor, Tensor]:
+    """Experts of every row, int64 [S, K], and their weights, float32 [S, K], as `Gate` chooses them."""
+    scores_SE = (x_SD.float() @ weights.router_DE).sigmoid_()
+    experts_SK = weights.gate.select(scores_SE + weights.bias_E)
+    chosen = scores_SE.gather(1, experts_SK)
+    return experts_SK, chosen.div_(chosen.sum(-1, keepdim=True)).mul_(
+        weights.gate.config.routed_scaling_factor
+    )
+
+
+def mixed(weights: ExpertWeights, x_SD: Tensor, experts_SK: Tensor, weights_SK: Tensor) -> Tensor:
+    """Weighted sum of each row's routed experts: [S, D]."""
+    pairs, k = experts_SK.numel(), experts_SK.shape[1]
+    if pairs <= ONE_BY_ONE:
+        rows = enumerate(zip(experts_SK.tolist(), weights_SK.tolist(), strict=True))
+        return torch.cat([_one_row(weights, x_SD[i : i + 1], *chosen) for i, chosen in rows])
+    experts_P = experts_SK.flatten()
+    order_P = experts_P.argsort(stable=True)
+    counts_E = torch.bincount(experts_P, minlength=weights.count)
+    counts = counts_E.tolist()
+    sorted_PD = x_SD.index_select(0, order_P // k)
+    fullest = max(counts)
+    if weights.grouped and pairs < EACH_ITS_OWN * weights.count and fullest * weights.count <= 6 * pairs:
+        # Place of a pair: its expert's rows, then its rank among them.
+        first_E = torch.arange(weights.count, device=x_SD.device) * fullest - (counts_E.cumsum(0) - counts_E)
+        place_P = first_E.index_select(0, experts_P.index_select(0, order_P))
+        place_P += torch.arange(pairs, device=x_SD.device)
+        x_EMD = x_SD.new_zeros(weights.count * fullest, x_SD.shape[1]).index_copy_(0, place_P, sorted_PD)
+        both = torch.bmm(x_EMD.view(weights.count, fullest, -1), weights.gate_up_EDF)
+        y_PD = torch.bmm(opened(both), weights.down_EFD).flatten(0, 1)
+        back_P = torch.empty_like(place_P).index_copy_(0, order_P, place_P)
+    else:
+        parts = zip(range(weights.count), sorted_PD.split(counts), strict=True)
+        y_PD = torch.cat([weights.expert(e, x) for e, x in parts if len(x)])
+        back_P = torch.empty_like(order_P).index_copy_(0, order_P, torch.arange(pairs, device=x_SD.device))
+    return weighted(y_PD.index_select(0, back_P), weights_SK)
+
+
+def _one_row(weights: ExpertWeights, x_1D: Tensor, experts: list[int], shares: list[float]) -> Tensor:
+    out = torch.zeros_like(x_1D)
+    for e, share in zip(experts, shares, strict=True):
+        out.add_(weights.expert(e, x_1D), alpha=share)
+    return out
+
+
+def weighted(y_PD: Tensor, weights_SK: Tensor) -> Tensor:
+    """Sum over K of each row's K outputs, which lie next to each other, times their weights: [S, D]."""
+    y_SKD = y_PD.unflatten(0, weights_SK.shape)
+    return torch.bmm(weights_SK[:, None].to(y_PD.dtype), y_SKD).squeeze(1)
+
+
+def mixed_invariant(weights: ExpertWeights, x_SD: Tensor, experts_SK: Tensor, weights_SK: Tensor) -> Tensor:
+    """`mixed` with every expert on tiles of a fixed number of rows, and one order of adding."""
+    k = experts_SK.shape[1]
+    experts_P = experts_SK.flatten()
+    order_P = experts_P.argsort(stable=True)
+    counts = torch.bincount(experts_P, minlength=weights.count).tolist()
+    y_PD = torch.empty(experts_P.numel(), x_SD.shape[1], dtype=x_SD.dtype, device=x_SD.device)
+    done = 0
+    for e, count in enumerate(counts):
+        for start in range(done, done + count, TILE):
+            pairs = order_P[start : min(start + TILE, done + count)]
+            x = F.pad(x_SD.index_select(0, pairs // k), (0, 0, 0, TILE - len(pairs)))
+            y_PD[pairs] = weights.expert(e, x)[: len(pairs)]
+        done += count
+    y_SKD = y_PD.unflatten(0, weights_SK.shape)
+    out = y_SKD[:, 0] * weights_SK[:, :1].to(y_PD.dtype)
+    for number in range(1, k):
+        out = out + y_SKD[:, number] * weights_SK[:, number : number + 1].to(y_PD.dtype)
+    return out

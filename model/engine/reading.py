@@ -1,0 +1,174 @@
+"""Absorbed attention over the paged cache.
+
+What is read is planned once a step and used by every layer. Rows of similar length are read together, from
+a gathered copy; a long row whose pages lie in a few pieces is read where it lies, so that at long context a
+step costs the reading of its cache and no copy of it.
+Legend: B rows, T new tokens a row, H heads, W latent width (C + R), C key-value rank, L cached positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.engine.pages import PAGE
+from model.engine.tiles import TILE
+
+LONG = 1024
+"""Cached positions from which a row is read on its own."""
+PIECES = 8
+"""Most pieces that a row may lie in to be read in place."""
+CHUNK = 128
+"""Cached positions that the invariant mode reads at a time."""
+
+
+@dataclass
+class Bucket:
+    """Rows that are read together from a gathered copy."""
+
+    rows: Tensor | None  # which of the B rows; None: all of them, in order
+    slots: Tensor  # [b * L]
+    blocked_bTL: Tensor | None  # True at positions that a token must not see
+
+
+@dataclass
+class Alone:
+    """A long row, read where it lies."""
+
+    row: int
+    pieces: list[slice]
+    blocked_TL: Tensor | None
+
+
+@dataclass
+class Plan:
+    parts: list[Bucket | Alone]
+    first: int = 0
+    """Positions before this one are not read: the drafting layer has nothing at position 0."""
+
+
+def plan(table_BP: np.ndarray, seen_BT: np.ndarray, device: torch.device, first: int = 0) -> Plan:
+    """How to read the cache for rows with page tables `table_BP` whose new tokens see the first `seen_BT`
+    positions each (the token's own included)."""
+    longest_B = seen_BT.max(1)
+    parts: list[Bucket | Alone] = []
+    short = np.flatnonzero(longest_B < LONG)
+    together: dict[int, list[int]] = {0: short.tolist()} if len(short) else {}
+    for row in np.flatnonzero(longest_B >= LONG).tolist():
+        pages = table_BP[row, : -(-int(longest_B[row]) // PAGE)]
+        starts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
+        if len(starts) > PIECES:
+            together.setdefault(int(longest_B[row]).bit_length(), []).append(row)
+            continue
+        ends = [*starts[1:], len(pages)]
+        pieces = [
+            slice(int(pages[a]) * PAGE, (int(pages[b - 1]) + 1) * PAGE)
+            for a, b in zip(starts, ends, strict=True)
+        ]
+        blocked = _blocked(seen_BT[row : row + 1], len(pages) * PAGE, first, device)
+        parts.append(Alone(row, pieces, None if blocked is None else blocked[0]))
+    if 0 in together:
+        # Rows of similar length go together: a row is padded to at most twice its length.
+        rows = together.pop(0)
+        if 2 * longest_B[rows].min() < longest_B[rows].max() and longest_B[rows].max() > CHUNK:
+            for row in rows:
+                together.setdefault(max(CHUNK, int(longest_B[row]) - 1).bit_length(), []).append(row)
+        else:
+            together[0] = rows
+    for rows in together.values():
+        deepest = -(-int(longest_B[rows].max()) // PAGE)
+        slots = table_BP[rows, :deepest, None] * PAGE + np.arange(PAGE)
+        parts.append(
+            Bucket(
+                None if len(rows) == len(longest_B) else torch.tensor(rows, device=device),
+                torch.from_numpy(slots.reshape(-1)).to(device),
+                _blocked(seen_BT[rows], deepest * PAGE, first, device),
+            )
+        )
+    return Plan(parts, first)
+
+
+def _blocked(seen_bT: np.ndarray, length: int, first: int, device: torch.device) -> Tensor | None:
+    """True at positions a token must not see: those not written yet, and those before `first`."""
+    if not first and (seen_bT == length).all():
+        return None
+    positions = np.arange(length)
+    return torch.from_numpy((positions >= seen_bT[..., None]) | (positions < first)).to(device)
+
+
+def read(query_BTHW: Tensor, latents: Tensor, rank: int, plan: Plan) -> Tensor:
+    """softmax(query . latent) latent of every new token and head -> [B, T, H, C], where C = `rank`.
+
+    The query already carries the factor on scores.
+    """
+    if len(plan.parts) == 1 and isinstance(plan.parts[0], Bucket):
+        return _read_bucket(query_BTHW, latents, rank, plan.parts[0])
+    out = query_BTHW.new_empty(*query_BTHW.shape[:-1], rank)
+    for part in plan.parts:
+        if isinstance(part, Alone):
+            out[part.row] = _read_alone(query_BTHW[part.row], latents, rank, part)
+        elif part.rows is None:
+            out = _read_bucket(query_BTHW, latents, rank, part)
+        else:
+            out[part.rows] = _read_bucket(query_BTHW[part.rows], latents, rank, part)
+    return out
+
+
+def _read_bucket(query_bTHW: Tensor, latents: Tensor, rank: int, bucket: Bucket) -> Tensor:
+    b, t, heads, width = query_bTHW.shape
+    keys_bLW = latents.index_select(0, bucket.slots).view(b, -1, width)
+    scores = torch.bmm(query_bTHW.reshape(b, t * heads, width), keys_bLW.transpose(1, 2))
+    if bucket.blocked_bTL is not None:
+        scores.view(b, t, heads, -1).masked_fill_(bucket.blocked_bTL[:, :, None], float("-inf"))
+    probs = scores.softmax(-1, dtype=torch.float32).to(keys_bLW.dtype)
+    return torch.bmm(probs, keys_bLW[..., :rank]).view(b, t, heads, rank)
+
+
+def _read_alone(query_THW: Tensor, latents: Tensor, rank: int, alone: Alone) -> Tensor:
+    t, heads, width = query_THW.shape
+    query = query_THW.reshape(t * heads, width)
+    scores = torch.cat([query @ latents[piece].t() for piece in alone.pieces], -1)
+    if alone.blocked_TL is not None:
+        scores.view(t, heads, -1).masked_fill_(alone.blocked_TL[:, None], float("-inf"))
+    probs = scores.softmax(-1, dtype=torch.float32).to(latents.dtype)
+    done, out = 0, query.new_zeros(t * heads, rank)
+    for piece in alone.pieces:
+        count = piece.stop - piece.start
+        out.addmm_(probs[:, done : done + count], latents[piece, :rank])
+        done += count
+    return out.view(t, heads, rank)
+
+
+def read_invariant(query_SHW: Tensor, latents: Tensor, rank: int, slots_SL: Tensor, seen_S: Tensor) -> Tensor:
+    """The same for tokens one by one, in fixed shapes of TILE tokens by CHUNK positions -> [S, H, C].
+
+    `slots_SL` has whole chunks of positions. A chunk past a token's own positions adds exact zeros.
+    """
+    count = query_SHW.shape[0]
+    short = -count % TILE
+    query_SHW = F.pad(query_SHW, (0, 0, 0, 0, 0, short))
+    # Padding sees one position, so that no softmax is empty.
+    slots_SL, seen_S = F.pad(slots_SL, (0, 0, 0, short)), F.pad(seen_S, (0, short), value=1)
+    out = [
+        _read_tile(query_SHW[i : i + TILE], latents, rank, slots_SL[i : i + TILE], seen_S[i : i + TILE])
+        for i in range(0, query_SHW.shape[0], TILE)
+    ]
+    return torch.cat(out)[:count]
+
+
+def _read_tile(query: Tensor, latents: Tensor, rank: int, slots: Tensor, seen: Tensor) -> Tensor:
+    length = -(-int(seen.max()) // CHUNK) * CHUNK
+    keys = [latents[slots[:, at : at + CHUNK]] for at in range(0, length, CHUNK)]
+    scores = torch.cat([torch.bmm(query, chunk.transpose(1, 2)) for chunk in keys], -1)
+    blocked = torch.arange(length, device=query.device) >= seen[:, None]
+    probs = (
+        scores.masked_fill_(blocked[:, None], float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    )
+    out = query.new_zeros(*query.shape[:2], rank)
+    for number, chunk in enumerate(keys):
+        out += torch.bmm(probs[..., number * CHUNK : (number + 1) * CHUNK], chunk[..., :rank])
+    return out

@@ -137,8 +137,6 @@ class Engine:
                 f"prompt and answer may take {longest} tokens, and the cache holds "
                 f"{self.pages.limit * PAGE}: lower max_tokens or raise cache_tokens"
             )
-        if not self._live and self.weights.stale:
-            self.refresh()
         stop = StopStrings(sampling.stop, self.token_bytes or ()) if sampling.stop else None
         row = Row(self._next, request, list(prompt), stop)
         self._next += 1
@@ -156,8 +154,8 @@ class Engine:
     def refresh(self, model: Transformer | None = None) -> None:
         """Read the weights again, or another model's of the same shape, between the steps of training say.
 
-        Rows that are running go on with the latents they have; nothing cached serves later requests. It
-        happens by itself when a request comes to an idle engine whose model has changed.
+        Rows that are running go on with the latents they have; nothing cached serves later requests.
+        `generate` does it by itself when the model has been trained on.
         """
         model = model or self.model
         if model.config != self.model.config or model.precision != self.model.precision:
@@ -199,6 +197,8 @@ class Engine:
             raise RequestError(
                 "generate() needs an idle engine: collect what was submitted with step() first"
             )
+        if self.weights.stale:
+            self.refresh()
         done: dict[int, Completion] = {}
         try:
             for number, request in enumerate(requests):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from model.bench import CONFIG, in_turns, limit_seconds, our_step, products
+from model.bench.setting import CONFIG, in_turns
+from model.bench.training import limit_seconds, our_step, products
 from model.flops import attention_flops, training_flops
 from model.transformer import build
 from tests.model.tiny import TINY, tokens

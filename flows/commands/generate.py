@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from infra.errors import HeadwaterError
 from infra.store import open_store
+
+if TYPE_CHECKING:
+    from data.chat import ChatTokenizer
+    from model.engine.engine import Engine
 
 Ref = Annotated[str, typer.Argument(metavar="REF", help="run/node, a promoted name, stage@id or a path.")]
 Think = Annotated[
     bool, typer.Option("--think", help="Put the system prompt that asks for reasoning in front.")
 ]
+System = Annotated[str, typer.Option(help="System prompt.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Share of the likeliest tokens' mass to sample from.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
@@ -27,59 +34,59 @@ def generate(
     ref: Ref,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     think: Think = False,
+    system: System = "",
     temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     max_tokens: MaxTokens = 256,
     seed: Seed = 0,
 ) -> None:
     """Print a checkpoint's answer to one prompt."""
-    typer.echo(_Session(ref, think, temperature, max_tokens, seed).answer(prompt))
+    from model.engine.request import Request
+    from model.engine.sampling import Sampling
+
+    system = _system(think, system)
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    engine, tokenizer = _open(ref)
+    [completion] = engine.generate([Request(tuple(tokenizer.prompt_ids(prompt, system)), sampling)])
+    shown = completion.tokens[:-1] if completion.finish == "stop" else completion.tokens
+    typer.echo(tokenizer.decode(shown, keep_specials=True))
 
 
 def chat(
     ref: Ref,
     think: Think = False,
+    system: System = "",
     temperature: Temperature = 0.6,
+    top_p: TopP = 1.0,
     max_tokens: MaxTokens = 256,
     seed: Seed = 0,
 ) -> None:
-    """Ask a checkpoint questions in the terminal, one at a time; an empty line or Ctrl-D ends."""
-    session = _Session(ref, think, temperature, max_tokens, seed)
-    while True:
-        try:
-            prompt = input("> ").strip()
-        except EOFError:
-            return
-        if not prompt:
-            return
-        typer.echo(session.answer(prompt))
+    """Talk with a checkpoint in the terminal; an empty line, Ctrl-D or /exit ends, Ctrl-C stops an answer.
+
+    /reset begins a new conversation, /system TEXT sets the system prompt.
+    """
+    from flows.serving.talk import Talk
+    from model.engine.sampling import Sampling
+
+    system = _system(think, system)
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    engine, tokenizer = _open(ref)
+    Talk(engine, tokenizer, sampling, system).run()
 
 
-class _Session:
-    """A loaded model; each question draws from a seed of its own, so asking again gives another sample."""
+def _system(think: bool, system: str) -> str:
+    from post_training.tasks.problem import SYSTEM
 
-    def __init__(self, ref: str, think: bool, temperature: float, max_tokens: int, seed: int) -> None:
-        from data.chat import EOS
-        from flows.open_model import open_model
-        from model.engine.engine import Engine
-        from model.engine.sampling import Sampling
-        from post_training.tasks.problem import SYSTEM
+    if think and system:
+        raise HeadwaterError("--think is a system prompt too: leave out --system or --think")
+    return SYSTEM if think else system
 
-        model, self.tokenizer = open_model(open_store().resolve(ref))
-        self.engine = Engine(model, [EOS])
-        self.sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
-        self.system = SYSTEM if think else ""
-        self.seed = seed
 
-    def answer(self, prompt: str) -> str:
-        """The response as text, its thought included."""
-        from infra.errors import HeadwaterError
-        from model.engine.engine import Request
+def _open(ref: str) -> tuple[Engine, ChatTokenizer]:
+    """An engine for one answer at a time."""
+    from data.chat import EOS
+    from flows.open_model import open_model
+    from model.engine.engine import Engine
 
-        request = Request(tuple(self.tokenizer.prompt_ids(prompt, self.system)), self.seed)
-        self.seed += 1
-        try:
-            [completion] = self.engine.generate([request], self.sampling)
-        except ValueError as error:
-            raise HeadwaterError(str(error)) from error
-        shown = completion.tokens[:-1] if completion.finish == "stop" else completion.tokens
-        return self.tokenizer.decode(shown, keep_specials=True)
+    model, tokenizer = open_model(open_store().resolve(ref))
+    return Engine(model, [EOS], max_rows=1), tokenizer

@@ -113,7 +113,9 @@ def choose(logits_BO: Tensor, rules: Rules, draws_B: Tensor) -> Tensor:
         return best_B
     greedy_B = rules.temperature_B == 0
     temperature_B1 = torch.where(greedy_B, 1.0, rules.temperature_B)[:, None]
-    probs_BO = torch.softmax(logits_BO.double() / temperature_B1, -1)
+    # From the best one down, so that no temperature is too small to divide by.
+    below_BO = logits_BO.double() - logits_BO.amax(-1, keepdim=True)
+    probs_BO = torch.softmax(below_BO / temperature_B1, -1)
     if rules.filtered:
         probs_BO = _filtered(probs_BO, rules)
     cumulative = probs_BO.cumsum(-1)

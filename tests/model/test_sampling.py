@@ -71,6 +71,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it_renormalised():
             assert chi_square(picked, expected) < 4, top_p
 
 
+def test_a_tiny_temperature_takes_the_best_token():
+    logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(1)) * 50
+    picked = pick(logits, torch.linspace(0, 0.999, 7).double(), temperature=1e-300)
+    assert set(picked.tolist()) == {int(logits.argmax())}
+
+
 def shares(picked: Tensor, cells: int) -> list[float]:
     return (picked.bincount(minlength=cells) / len(picked)).tolist()
 

@@ -1,7 +1,7 @@
 """Expert layers while decoding: a few rows, each to its own experts.
 
-The products of a step are small, so what counts is how many there are and which weights they read. A single
-row goes through its experts one by one; a batch goes through all experts at once, padded to the fullest
+The products of a step are small, so what counts is how many there are and which weights they read. A few
+rows go through their experts one by one; a batch goes through all experts at once, padded to the fullest
 one; many rows, as in reading prompts, give each expert a product of its own.
 Legend: S rows, D hidden, K experts a row, P (row, expert) pairs, E experts, M rows of the fullest expert.
 """
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from model.engine.tiles import TILE
 from model.engine.weights import ExpertWeights, opened
 
-ONE_BY_ONE = 8
-"""Pairs up to which each is computed by itself."""
+FEW = 16
+"""Pairs up to which experts are gone through one by one."""
 EACH_ITS_OWN = 48
 """Mean rows an expert from which each gets its own product."""
 
@@ -34,9 +34,8 @@ def route(weights: ExpertWeights, x_SD: Tensor) -> tuple[Tensor, Tensor]:
 def mixed(weights: ExpertWeights, x_SD: Tensor, experts_SK: Tensor, weights_SK: Tensor) -> Tensor:
     """Weighted sum of each row's routed experts: [S, D]."""
     pairs, k = experts_SK.numel(), experts_SK.shape[1]
-    if pairs <= ONE_BY_ONE:
-        rows = enumerate(zip(experts_SK.tolist(), weights_SK.tolist(), strict=True))
-        return torch.cat([_one_row(weights, x_SD[i : i + 1], *chosen) for i, chosen in rows])
+    if pairs <= FEW:
+        return _few(weights, x_SD, experts_SK.tolist(), weights_SK.tolist())
     experts_P = experts_SK.flatten()
     order_P = experts_P.argsort(stable=True)
     counts_E = torch.bincount(experts_P, minlength=weights.count)
@@ -59,11 +58,20 @@ def mixed(weights: ExpertWeights, x_SD: Tensor, experts_SK: Tensor, weights_SK: 
     return weighted(y_PD.index_select(0, back_P), weights_SK)
 
 
-def _one_row(weights: ExpertWeights, x_1D: Tensor, experts: list[int], shares: list[float]) -> Tensor:
-    out = torch.zeros_like(x_1D)
-    for e, share in zip(experts, shares, strict=True):
-        out.add_(weights.expert(e, x_1D), alpha=share)
-    return out
+def _few(weights: ExpertWeights, x_SD: Tensor, experts: list[list[int]], shares: list[list[float]]) -> Tensor:
+    """Each chosen expert's weights are read once, and no others."""
+    chosen: dict[int, list[tuple[int, float]]] = {}
+    for row, (own, weight) in enumerate(zip(experts, shares, strict=True)):
+        for e, share in zip(own, weight, strict=True):
+            chosen.setdefault(e, []).append((row, share))
+    out_SD = torch.zeros_like(x_SD)
+    for e, pairs in chosen.items():
+        rows = [row for row, _ in pairs]
+        whole = len(rows) == len(x_SD)
+        x = x_SD if whole else x_SD[rows[0] : rows[0] + 1] if len(rows) == 1 else x_SD[rows]
+        for (row, share), y_D in zip(pairs, weights.expert(e, x), strict=True):
+            out_SD[row].add_(y_D, alpha=share)
+    return out_SD
 
 
 def weighted(y_PD: Tensor, weights_SK: Tensor) -> Tensor:

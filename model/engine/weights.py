@@ -11,8 +11,6 @@ E experts, F expert width, O vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -61,20 +59,19 @@ def laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if weight.is_cuda else weight.contiguous()
 
 
-@dataclass
 class Norm:
-    weight: Tensor
-    eps: float
+    """RMSNorm of rows [S, n], times `scale`, in few operators: there are many norms to a decoding step."""
 
-    @classmethod
-    def of(cls, norm: RMSNorm, scale: float = 1.0) -> Norm:
-        return cls(norm.weight.detach() * scale if scale != 1.0 else norm.weight.detach(), norm.eps)
+    def __init__(self, norm: RMSNorm, scale: float = 1.0) -> None:
+        weight = norm.weight.detach()
+        self.weight = weight * scale if scale != 1.0 else weight
+        self.eps = torch.full((1,), norm.eps, device=weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = nn.functional.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
-        return wide.to(x.dtype)
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return (wide * inverse).mul_(self.weight).to(x.dtype)
 
 
 class AttentionWeights:
@@ -83,11 +80,11 @@ class AttentionWeights:
     def __init__(self, block: Block, precision: Precision) -> None:
         attention, c = block.self_attn, block.self_attn.config
         self.config = c
-        self.input_norm = Norm.of(block.input_layernorm)
+        self.input_norm = Norm(block.input_layernorm)
         self.down = Matrix(precision, attention.q_a_proj, attention.kv_a_proj)
         # The factor on scores is linear in the query, so the query's norm carries it for all that follows.
-        self.query_norm = Norm.of(attention.q_a_layernorm, attention.scale)
-        self.latent_norm = Norm.of(attention.kv_a_layernorm)
+        self.query_norm = Norm(attention.q_a_layernorm, attention.scale)
+        self.latent_norm = Norm(attention.kv_a_layernorm)
         self.up_query = Matrix(precision, attention.q_b_proj)
         self.up_key_value = Matrix(precision, attention.kv_b_proj)
         kv_b = attention.kv_b_proj.detach().to(precision.activation_dtype)
@@ -122,13 +119,15 @@ class ExpertWeights:
             self.grouped = True
             self.gate_up_EDF = laid_out(experts.gate_up_proj.transpose(1, 2), precision.activation_dtype)
             self.down_EFD = laid_out(experts.down_proj.transpose(1, 2), precision.activation_dtype)
+            self._each = list(zip(self.gate_up_EDF.unbind(), self.down_EFD.unbind(), strict=True))
         shared = moe.shared_experts
         self.shared = FeedForwardWeights(shared, precision) if shared is not None else None
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         """One expert on rows [S, D]."""
         if self.grouped:
-            return opened(x @ self.gate_up_EDF[e]) @ self.down_EFD[e]
+            gate_up, down = self._each[e]
+            return opened(x @ gate_up) @ down
         return self.down[e](opened(self.gate_up[e](x)))
 
 
@@ -141,7 +140,7 @@ def opened(both: Tensor) -> Tensor:
 class BlockWeights:
     def __init__(self, block: Block, precision: Precision) -> None:
         self.attention = AttentionWeights(block, precision)
-        self.post_norm = Norm.of(block.post_attention_layernorm)
+        self.post_norm = Norm(block.post_attention_layernorm)
         self.mlp: ExpertWeights | FeedForwardWeights = (
             ExpertWeights(block.mlp, precision)
             if isinstance(block.mlp, MoE)
@@ -154,10 +153,10 @@ class DraftWeights:
 
     def __init__(self, model: Transformer) -> None:
         module = model.mtp[0]
-        self.token_norm, self.hidden_norm = Norm.of(module.enorm), Norm.of(module.hnorm)
+        self.token_norm, self.hidden_norm = Norm(module.enorm), Norm(module.hnorm)
         self.join = Matrix(model.precision, module.eh_proj)
         self.block = BlockWeights(module.block, model.precision)
-        self.norm = Norm.of(module.norm)
+        self.norm = Norm(module.norm)
 
 
 class Weights:
@@ -168,7 +167,7 @@ class Weights:
             self.model = model
             self.dtype = model.precision.activation_dtype
             self.layers = [BlockWeights(layer, model.precision) for layer in model.layers]
-            self.norm = Norm.of(model.norm)
+            self.norm = Norm(model.norm)
             self.head_DO = laid_out(model.lm_head.t(), self.dtype)
             self.draft = DraftWeights(model) if draft else None
             self._sample = _sample(model)

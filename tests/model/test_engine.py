@@ -138,7 +138,7 @@ def test_known_pages_give_way_when_others_need_them():
         prompt = tuple(range(start, start + 60))
         answer = engine.generate(ask([prompt], max_tokens=30))[0]
         expected = scored(model, prompt, answer.tokens).gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
-        assert answer.log_probs == pytest.approx(expected.tolist(), abs=1e-5)
+        assert answer.log_probs == pytest.approx(expected.tolist(), abs=2e-5)
     assert engine.pages.used == 0
 
 

@@ -33,4 +33,14 @@ def open_model(artifact: Artifact) -> tuple[Transformer, ChatTokenizer]:
     require_unchanged(Store().around(artifact), artifact)
     tokenizer = ChatTokenizer(artifact.file("tokenizer.json"))
     model = read_hf(artifact.path) if artifact.stage == "export" else load_model(artifact.path)
+    require_fit(artifact.ref, model, tokenizer)
     return model.to(pick_device()), tokenizer
+
+
+def require_fit(ref: str, model: Transformer, tokenizer: ChatTokenizer) -> None:
+    """HeadwaterError when the tokenizer has ids that the model does not know."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise HeadwaterError(
+            f"{ref}: tokenizer.json has {tokenizer.vocab_size} tokens and the model's embedding "
+            f"{model.config.vocab_size} rows: they do not belong together"
+        )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from data.chat import ChatTokenizer
 from data.loader import ShardLoader
-from flows.open_model import open_model
+from flows.open_model import open_model, require_fit
 from infra.artifact import Artifact
+from infra.errors import HeadwaterError
 from infra.verify import verify
 from model.checkpoint import load_model
 from post_training import problem_sets
@@ -24,6 +25,7 @@ from post_training.reward import load_reward_model
 from post_training.samples import reverify
 from post_training.tasks.problem import SYSTEM, is_held_out
 from tests.post_training.chain import NODES, ROW, Chain
+from tests.post_training.small import small_model
 
 CHECKPOINTS = ("pretrain", "extend", "expert", "sft", "reward", "grpo")
 
@@ -230,6 +232,14 @@ def test_export(chain: Chain) -> None:
     assert built["externalParameters"]["stage"] == "export"
     behind = {one["digest"].get("sha256") for one in built["resolvedDependencies"]}
     assert {chain[node].digest for node in ("grpo", "sft", "distill", "pretrain", "ingest")} <= behind
+
+
+def test_a_model_and_another_vocabulary_are_not_opened(tokenizer: ChatTokenizer) -> None:
+    require_fit("sft@1", small_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    with pytest.raises(
+        HeadwaterError, match=r"sft@1: tokenizer.json has \d+ tokens and the model's embedding"
+    ):
+        require_fit("sft@1", small_model(vocab_size=tokenizer.vocab_size - 1), tokenizer)
 
 
 def test_export_in_fp8_blocks_opens_as_any_other(chain: Chain) -> None:

@@ -52,3 +52,8 @@ def failed() -> ApiError:
 def draining() -> ApiError:
     """The error for requests that come, or are not finished, when the server ends."""
     return ApiError(503, "the server is shutting down; ask again later", code="shutting_down")
+
+
+def not_finite() -> ApiError:
+    """The error for a sequence on which the model's output was no number; others go on."""
+    return ApiError(500, "the model's output is not finite on this prompt", code="not_finite")

@@ -112,6 +112,8 @@ class Talk:
         screen.end()
         if came:
             self._note("stopped")
+        elif answer.finish == "failed":
+            self._note("the model's output is not finite")
         elif answer.finish == "length":
             self._note(f"cut after {answer.made} tokens")
         return text

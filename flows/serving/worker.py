@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from flows.serving.errors import ApiError, draining, failed
+from flows.serving.errors import ApiError, draining, failed, not_finite
 from flows.serving.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class Worker:
         for update in updates:
             # Of a cancelled sequence the engine may still say that it ended.
             if owner := self._owners.get(update.ticket):
-                batch.append((*owner, update))
+                batch.append((*owner, update if update.finish != "failed" else not_finite()))
                 if update.finish is not None:
                     del self._owners[update.ticket], self._tickets[owner]
         if batch:

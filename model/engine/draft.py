@@ -36,7 +36,7 @@ def draft(
     each of them lies in `hidden_SD`. The tokens themselves are the rows' own.
     """
     spans = [(row, start + 1, row.tokens[start + 1 : start + 1 + len(flat)]) for row, start, flat in read]
-    batch, places = assemble(spans, rows.table, first=1)
+    batch, places = assemble(spans, rows.table, first=1, width=1 + rows.drafts)
     index = torch.zeros(len(batch.tokens), dtype=torch.int64)
     for (_, _, flat), place in zip(read, places, strict=True):
         index[place : place + len(flat)] = torch.tensor(flat)
@@ -55,7 +55,7 @@ def draft(
         row.drafts = []
     for number in range(rows.drafts):
         draws_n = rules.draws([row.made + number for row in drafting])
-        guesses = choose(forward.logits(state_nD, draft=True), rules, draws_n).tolist()
+        guesses = choose(forward.logits(state_nD, draft=True)[0], rules, draws_n).tolist()
         for row, guess in zip(drafting, guesses, strict=True):
             row.drafts.append(guess)
         if number + 1 == rows.drafts:

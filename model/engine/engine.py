@@ -8,6 +8,7 @@ Legend: n sampled positions, O vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,15 @@ from model.engine.batching import assemble
 from model.engine.draft import draft
 from model.engine.errors import RequestError
 from model.engine.forward import Forward
-from model.engine.pages import PAGE, Pages
+from model.engine.pages import PAGE, Pages, chain
 from model.engine.request import Completion, Request, Update
 from model.engine.rows import Row, Rows, Span, pages_for
 from model.engine.sampling import Rules, choose
 from model.engine.stopping import StopStrings
 from model.engine.weights import Weights
 from model.transformer import Transformer
+
+NOT_FINITE = "the model's output is not finite: its weights hold NaN or infinity, or overflow on this prompt"
 
 
 @dataclass
@@ -54,7 +57,8 @@ class Engine:
     `cache_tokens` bounds the cache (0: enough for every row at full context; memory is taken as needed).
 
     `invariant`: an answer's bits do not depend on what else is in the batch (see `model.engine.tiles`).
-    `drafts`: how many tokens the prediction module guesses ahead; answers do not change.
+    Without it they do, as far as rounding goes, and where two tokens are about as good the choice may turn
+    on it. `drafts`: how many tokens the prediction module guesses ahead, which changes no more than that.
     `token_bytes`: what each id stands for, needed for stop strings.
     """
 
@@ -75,9 +79,15 @@ class Engine:
             raise RequestError(
                 "the engine was asked for drafts, but this model has no prediction module: set drafts to 0"
             )
-        for name, value in (("max_rows", max_rows), ("chunk", chunk)):
-            if value < 1:
-                raise RequestError(f"{name} is {value}: it must be at least 1")
+        least = (
+            ("max_rows", max_rows, 1),
+            ("chunk", chunk, 1),
+            ("context", context, 0),
+            ("drafts", drafts, 0),
+        )
+        for name, value, smallest in (*least, ("cache_tokens", cache_tokens, 0)):
+            if value < smallest:
+                raise RequestError(f"{name} is {value}: it must be at least {smallest}")
         c = model.config
         self.model = model
         self.context = context or c.max_position_embeddings
@@ -108,7 +118,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that are not in the batch yet."""
-        return len(self._rows.waiting)
+        return self._rows.idle
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns the ticket that its updates carry.
@@ -116,32 +126,31 @@ class Engine:
         RequestError (a ValueError) when the prompt is empty, leaves no room in the context, has ids outside
         the vocabulary, or could never fit the cache.
         """
-        prompt, sampling = request.prompt, request.sampling
+        prompt, sampling = tuple(request.prompt), request.sampling
         if not prompt or len(prompt) >= self.context:
             raise RequestError(
                 f"a prompt of {len(prompt)} tokens; between 1 and {self.context - 1} fit this model's "
                 f"context of {self.context}"
             )
         vocabulary = self.model.config.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            odd = next(i for i in prompt if not 0 <= i < vocabulary)
+        if odd := [i for i in prompt if not (isinstance(i, int) and 0 <= i < vocabulary)]:
             raise RequestError(
-                f"the prompt holds token {odd}, and the model's vocabulary has {vocabulary}: it was made "
-                "with another tokenizer"
+                f"the prompt holds token {odd[0]!r}, and the model's vocabulary has {vocabulary}: it was "
+                "made with another tokenizer"
             )
         if sampling.stop and self.token_bytes is None:
             raise RequestError("sampling.stop needs an engine that was given token_bytes")
         longest = min(self.context, len(prompt) + sampling.max_tokens)
-        if pages_for(longest, self.drafts) > self.pages.limit:
+        if (need := pages_for(longest, self.drafts)) > self.pages.limit:
             raise RequestError(
-                f"prompt and answer may take {longest} tokens, and the cache holds "
-                f"{self.pages.limit * PAGE}: lower max_tokens or raise cache_tokens"
+                f"prompt and answer may take {longest} tokens and with them {need} pages of {PAGE}, and the "
+                f"cache has {self.pages.limit}: lower max_tokens or raise cache_tokens"
             )
         stop = StopStrings(sampling.stop, self.token_bytes or ()) if sampling.stop else None
-        row = Row(self._next, request, list(prompt), stop)
+        row = Row(self._next, Request(prompt, sampling), list(prompt), stop, chain(b"", prompt))
         self._next += 1
         self._live[row.ticket] = row
-        self._rows.waiting.append(row)
+        self._rows.add(row)
         self.figures.prompt_tokens += len(prompt)
         return row.ticket
 
@@ -165,14 +174,33 @@ class Engine:
         self._forward.model, self._forward.weights = model, self.weights
         self._rows.forget()
 
+    def reset(self) -> None:
+        """Forget every request and all that is cached."""
+        self._live.clear()
+        self.pages.reset()
+        old = self._rows
+        self._rows = Rows(self.pages, old.max_rows, old.chunk, self.context, self.drafts)
+        self._rows.reused, self._rows.preemptions = old.reused, old.preemptions
+
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """Read new tokens of every running request once; what came out, nothing when idle."""
+        """Read new tokens of every running request once; what came out, nothing when idle.
+
+        When it raises, or is interrupted, every request is lost and the engine is idle and whole.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self.reset()
+            raise
+
+    def _step(self) -> list[Update]:
         rows = self._rows
         rows.admit()
         spans = rows.spans()
         if not spans:
             return []
+        self.pages.clean()
         self.figures.steps += 1
         self.figures.reused_tokens, self.figures.preemptions = rows.reused, rows.preemptions
         news = [(s.row, s.start, self._new_tokens(s)) for s in spans]
@@ -191,7 +219,8 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Completions in the order of the requests. RequestError names one that cannot be served.
 
-        The engine must be idle, since updates of others would be lost.
+        The engine must be idle, since updates of others would be lost. An interrupted call leaves nothing
+        behind that a later one would have to work on.
         """
         if self._live:
             raise RequestError(
@@ -209,10 +238,12 @@ class Engine:
             while self.busy:
                 for update in self.step():
                     done[update.ticket].add(update)
-        finally:
-            # An interrupted call leaves nothing behind that a later one would have to work on.
-            for ticket in done:
-                self.cancel(ticket)
+                    if update.finish == "failed":
+                        number = list(done).index(update.ticket)
+                        raise RequestError(f"request {number}: {NOT_FINITE}")
+        except BaseException:
+            self.reset()
+            raise
         return list(done.values())
 
     @staticmethod
@@ -248,11 +279,12 @@ class Engine:
                 update = self._accept(row, tokens[at : at + ahead], log_probs[at : at + ahead])
                 at += ahead
                 updates.append(update)
-                count += len(update.tokens) - 1
+                count += max(0, len(update.tokens) - 1)
                 row.cached += count
                 if update.finish is not None:
-                    # What the prediction module would have made of the last tokens is missing there.
-                    self._rows.publish(row, span.start if self.drafts else row.cached)
+                    if update.finish != "failed":
+                        # What the prediction module would have made of the last tokens is missing there.
+                        self._rows.publish(row, span.start if self.drafts else row.cached)
                     self._rows.finish(row)
                     del self._live[row.ticket]
             else:
@@ -269,14 +301,16 @@ class Engine:
             self._rules = owners, Rules.of([row.request.sampling for row in owners], device)
         whole = len(flat) == len(hidden_SD)
         states = hidden_SD if whole else hidden_SD.index_select(0, torch.tensor(flat, device=device))
-        logits_nO = self._forward.logits(states)
+        logits_nO, total_n = self._forward.logits(states)
         tokens_n = choose(logits_nO, self._rules[1], self._rules[1].draws(made))
         picked_n = logits_nO.gather(1, tokens_n[:, None]).squeeze(1)
-        return tokens_n.tolist(), (picked_n - logits_nO.logsumexp(-1)).tolist()
+        return tokens_n.tolist(), (picked_n - total_n).tolist()
 
     def _accept(self, row: Row, tokens: list[int], log_probs: list[float]) -> Update:
         """The tokens that stand: the first, and each after a draft that was right."""
         self.figures.drafted_tokens += len(row.drafts)
+        if not math.isfinite(log_probs[0]):
+            return Update(row.ticket, (), (), "failed")
         finish = stopped_by = None
         taken = 0
         for number, token in enumerate(tokens):

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model.attention import attend
 from model.engine.experts import mixed, mixed_invariant, route
 from model.engine.pages import PAGE, Pages
-from model.engine.reading import CHUNK, Plan, plan, read, read_invariant
+from model.engine.reading import CHUNK, Every, Plan, own_pages, plan, read, read_invariant
 from model.engine.tiles import tiled
 from model.engine.weights import AttentionWeights, BlockWeights, ExpertWeights, Weights, opened
 from model.transformer import Transformer
@@ -64,8 +64,8 @@ class _Step:
     plan: Plan | None
     stretches: list[Stretch]
     first: int
-    every: tuple[Tensor, Tensor] | None = None
-    """Invariant mode: slots of all positions that each token may see [S, L], and how many it does [S]."""
+    every: Every | None = None
+    """What the invariant mode reads."""
 
 
 class Forward:
@@ -99,18 +99,23 @@ class Forward:
         (x_SD,) = self._rows(joined, embedded, hidden_SD)
         return self._block(draft.block, x_SD, self.pages.latents[-1], step)
 
-    def logits(self, hidden_SD: Tensor, draft: bool = False) -> Tensor:
-        """Scores over the vocabulary, float32 [S, O], of states before their norm."""
+    def logits(self, hidden_SD: Tensor, draft: bool = False) -> tuple[Tensor, Tensor]:
+        """Scores over the vocabulary of states before their norm, float32 [S, O], and the log of the sum of
+        their exponentials [S]."""
         norm = self.weights.draft.norm if draft and self.weights.draft else self.weights.norm
-        return self._rows(lambda x: (self.weights.logits(norm(x)),), hidden_SD)[0]
+
+        def scored(x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.weights.logits(norm(x))
+            return logits, logits.logsumexp(-1)
+
+        return self._rows(scored, hidden_SD)
 
     def _rows(self, function, *rows: Tensor):  # type: ignore[no-untyped-def]
         return tiled(function, *rows) if self.invariant else function(*rows)
 
     def _step(self, batch: Batch) -> _Step:
         positions = torch.from_numpy(batch.positions).to(self.device)
-        # The drafting module turns by the position before: that of the state it reads.
-        turn = self._rotation(int(batch.positions.max()) + 1)[(positions - batch.first).clamp_(min=0), None]
+        turn = self._rotation(int(batch.positions.max()) + 1)[positions, None]
         decoding = len(batch.table_BP) * batch.width
         step = _Step(
             turn,
@@ -122,31 +127,28 @@ class Forward:
             batch.first,
         )
         if self.invariant:
-            tables = [np.repeat(batch.table_BP, batch.width, 0)] if decoding else []
-            tables += [np.broadcast_to(s.table_P, (s.count, len(s.table_P))) for s in batch.stretches]
-            step.every = self._every(tables, batch)
+            step.every = self._every(batch)
         elif decoding:
             seen_BT = batch.positions[:decoding].reshape(-1, batch.width) + 1
             step.plan = plan(batch.table_BP, seen_BT, self.device, batch.first)
         return step
 
-    def _every(self, tables: list[np.ndarray], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Slots of whole chunks of positions for each token, and how many of them it sees."""
-        seen = batch.positions + 1 - batch.first
-        length = -(-int(seen.max()) // CHUNK) * CHUNK
-        at = np.arange(batch.first, batch.first + length)
-        every = [
-            # Past the table lies the scratch page, which is blocked.
-            np.where(at // PAGE < t.shape[1], t[:, np.minimum(at // PAGE, t.shape[1] - 1)], 0) * PAGE
-            + at % PAGE
-            for t in tables
-        ]
-        return torch.from_numpy(np.concatenate(every)).to(self.device), torch.from_numpy(seen).to(self.device)
+    def _every(self, batch: Batch) -> Every:
+        """Each token's own page table, in whole chunks, and how many positions it sees."""
+        seen = batch.positions + 1
+        table_SP = np.zeros((len(seen), -(-int(seen.max()) // CHUNK) * (CHUNK // PAGE)), dtype=np.int64)
+        decoding = np.repeat(batch.table_BP, batch.width, 0)
+        table_SP[: len(decoding), : decoding.shape[1]] = decoding[:, : table_SP.shape[1]]
+        for s in batch.stretches:
+            pages = s.table_P[: -(-(s.start + s.count) // PAGE)]
+            table_SP[s.flat : s.flat + s.count, : len(pages)] = pages
+        return Every(torch.from_numpy(own_pages(table_SP)).to(self.device), seen, batch.first)
 
     def _rotation(self, length: int) -> Tensor:
         """e^(i angle) of every position and pair, complex [length or more, R/2]."""
         if self._turns.shape[0] < length:
-            cos, sin = self.model.rotation(length)
+            # Doubled, so that it is not made anew at every step.
+            cos, sin = self.model.rotation(max(length, 2 * self._turns.shape[0]))
             self._turns = torch.complex(cos, sin)
         return self._turns
 
@@ -157,7 +159,7 @@ class Forward:
         if self.invariant:
             (query_SHW,) = self._rows(lambda c, r: (self._absorb(a, c, r),), content_SHN, rotary_SHR)
             assert step.every is not None
-            mixed_SHC = read_invariant(query_SHW, latents, self.config.kv_lora_rank, *step.every)
+            mixed_SHC = read_invariant(query_SHW, latents, self.config.kv_lora_rank, step.every)
             (out_SV,) = self._rows(lambda m: (self._values(a, m),), mixed_SHC)
         else:
             out_SV = self._attend(a, content_SHN, rotary_SHR, new_SW, latents, step)

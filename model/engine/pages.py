@@ -10,6 +10,7 @@ Legend: W latent width.
 from __future__ import annotations
 
 import hashlib
+import heapq
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import torch
 PAGE = 16
 """Tokens of a page."""
 SCRATCH = 0
-"""The page that is written where nothing is to be kept, such as padding. Nobody owns it."""
+"""The page that is written where nothing is to be kept, such as padding. Nobody owns it, or reads it."""
 
 
 class OutOfPages(Exception):
@@ -36,15 +37,29 @@ class Pages:
         self.latents = [torch.zeros(PAGE, width, dtype=dtype, device=device) for _ in range(layers)]
         """One tensor [pages * PAGE, W] a layer; slot p * PAGE + i is place i of page p."""
         self._users = [1]
-        self._free: list[int] = []
+        self._free: set[int] = set()
+        # Free pages from the lowest up. A page that was taken by its number stays in it until its turn.
+        self._order: list[int] = []
+        self._ordered: set[int] = set()
         self._idle: OrderedDict[int, None] = OrderedDict()  # known pages that nobody uses, oldest first
         self._known: dict[bytes, int] = {}
         self._key: dict[int, bytes] = {}
+        self._written: set[int] = set()
+        self._dirty: list[int] = []
 
     @property
     def used(self) -> int:
         """Pages that some request holds."""
         return len(self._users) - 1 - len(self._free) - len(self._idle)
+
+    @property
+    def available(self) -> int:
+        """Pages that can be taken."""
+        return self.limit - self.used
+
+    def is_idle(self, page: int) -> bool:
+        """Whether a known page is used by nobody."""
+        return page in self._idle
 
     def take(self, after: int = SCRATCH) -> int:
         """A page for one user; `after`'s neighbour when that is free, so that long contexts lie in one piece.
@@ -53,35 +68,55 @@ class Pages:
         """
         if not self._free and len(self._users) <= self.limit:
             self._grow()
-        if self._free:
-            page = self._neighbour(after)
+        if after != SCRATCH and after + 1 in self._free:
+            page = after + 1
+            self._free.remove(page)
+        elif self._free:
+            page = self._lowest()
         elif self._idle:
             page, _ = self._idle.popitem(last=False)
             del self._known[self._key.pop(page)]
         else:
             raise OutOfPages
         self._users[page] = 1
+        if page in self._written:
+            self._dirty.append(page)
+        self._written.add(page)
         return page
 
-    def _neighbour(self, after: int) -> int:
-        # Kept in descending order, so that pages are taken from the lowest up.
-        wanted = after + 1
-        if after == SCRATCH or self._free[-1] == wanted or wanted >= len(self._users):
-            return self._free.pop()
-        if self._users[wanted] or wanted in self._idle:
-            return self._free.pop()
-        self._free.remove(wanted)
-        return wanted
+    def _lowest(self) -> int:
+        while True:
+            page = heapq.heappop(self._order)
+            self._ordered.remove(page)
+            if page in self._free:
+                self._free.remove(page)
+                return page
+
+    def _put_back(self, page: int) -> None:
+        self._free.add(page)
+        if page not in self._ordered:
+            self._ordered.add(page)
+            heapq.heappush(self._order, page)
 
     def _grow(self) -> None:
         have = len(self._users)
-        # Doubled, so that copying is rare.
+        # Doubled, so that copying is rare; one layer after the other, so that no two whole caches exist.
         more = min(max(have, 64), self.limit + 1 - have)
-        self.latents = [
-            torch.cat((latents, latents.new_zeros(more * PAGE, latents.shape[1]))) for latents in self.latents
-        ]
+        for layer, latents in enumerate(self.latents):
+            self.latents[layer] = torch.cat((latents, latents.new_zeros(more * PAGE, latents.shape[1])))
         self._users += [0] * more
-        self._free = sorted({*self._free, *range(have, have + more)}, reverse=True)
+        for page in range(have, have + more):
+            self._put_back(page)
+
+    def clean(self) -> None:
+        """Clear what former users left in the pages that were taken. Where a row has not written yet it reads
+        with weight zero, and zero times a NaN that somebody left would be a NaN."""
+        if not self._dirty:
+            return
+        index = torch.tensor(self._dirty, device=self.latents[0].device)
+        for latents in self.latents:
+            latents.view(-1, PAGE, latents.shape[1]).index_fill_(0, index, 0)
+        self._dirty.clear()
 
     def share(self, page: int) -> int:
         """One more user of a page."""
@@ -90,19 +125,21 @@ class Pages:
         return page
 
     def release(self, pages: Sequence[int]) -> None:
-        """One user fewer of each. A page that is known stays readable until it is needed."""
-        for page in pages:
+        """One user fewer of each. A page that is known stays readable until it is needed, the end of a chain
+        before its beginning, without which it is of no use."""
+        for page in reversed(pages):
             self._users[page] -= 1
             if self._users[page]:
                 continue
             if page in self._key:
                 self._idle[page] = None
             else:
-                self._free.append(page)
+                self._put_back(page)
 
     def copy(self, page: int, count: int, after: int = SCRATCH) -> int:
         """A page of its own with the first `count` tokens of another, which two answers go on from."""
         new = self.take(after)
+        self.clean()
         for latents in self.latents:
             latents[new * PAGE : new * PAGE + count] = latents[page * PAGE : page * PAGE + count]
         return new
@@ -118,10 +155,19 @@ class Pages:
 
     def forget(self) -> None:
         """Nothing that was cached serves new requests: the weights have changed."""
-        self._free += list(self._idle)
+        for page in self._idle:
+            self._put_back(page)
         self._idle.clear()
         self._known.clear()
         self._key.clear()
+
+    def reset(self) -> None:
+        """Nobody uses any page, whatever the books say."""
+        self.forget()
+        self._users = [1, *[0] * (len(self._users) - 1)]
+        for page in range(1, len(self._users)):
+            self._put_back(page)
+        self._dirty.clear()
 
 
 def chain(before: bytes, tokens: Sequence[int]) -> bytes:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from model.engine.pages import PAGE
-from model.engine.tiles import TILE
+from model.engine.pages import PAGE, SCRATCH
+from model.engine.tiles import TILE, padded
 
 LONG = 1024
 """Cached positions from which a row is read on its own."""
@@ -51,10 +50,17 @@ class Plan:
     """Positions before this one are not read: the drafting layer has nothing at position 0."""
 
 
+def own_pages(table_BP: np.ndarray) -> np.ndarray:
+    """Page tables in which a row's first page stands for those that it does not have: what a row reads with
+    weight zero is its own, and no other's NaN."""
+    return np.where(table_BP == SCRATCH, table_BP[:, :1], table_BP)
+
+
 def plan(table_BP: np.ndarray, seen_BT: np.ndarray, device: torch.device, first: int = 0) -> Plan:
     """How to read the cache for rows with page tables `table_BP` whose new tokens see the first `seen_BT`
     positions each (the token's own included)."""
     longest_B = seen_BT.max(1)
+    table_BP = own_pages(table_BP)
     parts: list[Bucket | Alone] = []
     short = np.flatnonzero(longest_B < LONG)
     together: dict[int, list[int]] = {0: short.tolist()} if len(short) else {}
@@ -143,31 +149,42 @@ def _read_alone(query_THW: Tensor, latents: Tensor, rank: int, alone: Alone) -> 
     return out.view(t, heads, rank)
 
 
-def read_invariant(query_SHW: Tensor, latents: Tensor, rank: int, slots_SL: Tensor, seen_S: Tensor) -> Tensor:
+@dataclass
+class Every:
+    """What the invariant mode reads, token by token."""
+
+    table_SP: Tensor  # page tables, in whole chunks
+    seen: np.ndarray  # [S], how many positions each token sees
+    first: int
+
+
+def read_invariant(query_SHW: Tensor, latents: Tensor, rank: int, every: Every) -> Tensor:
     """The same for tokens one by one, in fixed shapes of TILE tokens by CHUNK positions -> [S, H, C].
 
-    `slots_SL` has whole chunks of positions. A chunk past a token's own positions adds exact zeros.
+    A chunk past a token's own positions adds exact zeros.
     """
     count = query_SHW.shape[0]
-    short = -count % TILE
-    query_SHW = F.pad(query_SHW, (0, 0, 0, 0, 0, short))
+    query_SHW, table_SP = padded(query_SHW), padded(every.table_SP)
     # Padding sees one position, so that no softmax is empty.
-    slots_SL, seen_S = F.pad(slots_SL, (0, 0, 0, short)), F.pad(seen_S, (0, short), value=1)
-    out = [
-        _read_tile(query_SHW[i : i + TILE], latents, rank, slots_SL[i : i + TILE], seen_S[i : i + TILE])
-        for i in range(0, query_SHW.shape[0], TILE)
-    ]
+    seen = np.concatenate((every.seen, np.full(-count % TILE, every.first + 1)))
+    out = []
+    for i in range(0, query_SHW.shape[0], TILE):
+        tile = slice(i, i + TILE)
+        out.append(_read_tile(query_SHW[tile], latents, rank, table_SP[tile], seen[tile], every.first))
     return torch.cat(out)[:count]
 
 
-def _read_tile(query: Tensor, latents: Tensor, rank: int, slots: Tensor, seen: Tensor) -> Tensor:
+def _read_tile(
+    query: Tensor, latents: Tensor, rank: int, table: Tensor, seen: np.ndarray, first: int
+) -> Tensor:
     length = -(-int(seen.max()) // CHUNK) * CHUNK
-    keys = [latents[slots[:, at : at + CHUNK]] for at in range(0, length, CHUNK)]
+    each, pages = CHUNK // PAGE, latents.view(-1, PAGE, latents.shape[1])
+    keys = [pages[table[:, at : at + each]].flatten(1, 2) for at in range(0, length // PAGE, each)]
     scores = torch.cat([torch.bmm(query, chunk.transpose(1, 2)) for chunk in keys], -1)
-    blocked = torch.arange(length, device=query.device) >= seen[:, None]
-    probs = (
-        scores.masked_fill_(blocked[:, None], float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
-    )
+    positions = np.arange(length)
+    blocked = torch.from_numpy((positions >= seen[:, None]) | (positions < first)).to(query.device)
+    scores.masked_fill_(blocked[:, None], float("-inf"))
+    probs = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     out = query.new_zeros(*query.shape[:2], rank)
     for number, chunk in enumerate(keys):
         out += torch.bmm(probs[..., number * CHUNK : (number + 1) * CHUNK], chunk[..., :rank])

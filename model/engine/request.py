@@ -17,7 +17,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Update:
-    """What one step made for one request. `finish` is None while more is to come."""
+    """What one step made for one request. `finish` is None while more is to come, and "failed" when the
+    model's output was not finite."""
 
     ticket: int
     tokens: tuple[int, ...]

@@ -7,7 +7,7 @@ steps of others, and a row that must give its pages back is simply one of which 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,8 @@ class Row:
     request: Request
     tokens: list[int]
     stop: StopStrings | None
+    prompt: bytes
+    """Key of the whole prompt."""
     made: int = 0
     cached: int = 0
     shared: int = 0
@@ -34,9 +36,16 @@ class Row:
     """Keys of the full pages that are known."""
     drafts: list[int] = field(default_factory=list)
     line: int = -1
-    """Its line in the page table."""
+    """Its line in the page table; -1 when it is not running."""
+    parked: bool = False
+    """It has waited for another to read its prompt."""
     private: bool = False
     """It holds latents of weights that have been replaced, which serve nobody else."""
+
+    @property
+    def reading(self) -> bool:
+        """Whether its prompt is still being read."""
+        return self.cached < len(self.request.prompt)
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,6 @@ class Span:
     start: int
     count: int
     ends: bool
-
-    @property
-    def width(self) -> int:
-        return self.count + (len(self.row.drafts) if self.ends else 0)
 
 
 def pages_for(tokens: int, drafts: int) -> int:
@@ -67,57 +72,92 @@ class Rows:
         # Drafts and padding may reach past what a row holds.
         self.table = np.zeros((max_rows, pages_for(context, drafts) + 1), dtype=np.int64)
         self.lines = list(range(max_rows))[::-1]
-        self.waiting: deque[Row] = deque()
+        self.waiting: OrderedDict[int, Row] = OrderedDict()
         self.running: list[Row] = []
-        self._by_prompt: dict[tuple[int, ...], Row] = {}
+        # The row that reads a prompt first, and those that wait for it.
+        self._leaders: dict[bytes, Row] = {}
+        self._parked: dict[bytes, dict[int, Row]] = {}
         self.preemptions = self.reused = 0
+
+    @property
+    def idle(self) -> int:
+        """Rows that are not running."""
+        return len(self.waiting) + sum(map(len, self._parked.values()))
+
+    def add(self, row: Row) -> None:
+        """Queue a row."""
+        self.waiting[row.ticket] = row
+
+    def _first(self, row: Row) -> None:
+        self.waiting[row.ticket] = row
+        self.waiting.move_to_end(row.ticket, last=False)
 
     def admit(self) -> None:
         """Start waiting rows, first come first served, while there is room.
 
-        A row whose prompt another is reading waits for it: it will find the pages. The samples of a group
-        share one reading in this way.
+        A row whose prompt another is reading is parked until it has been read, and then finds its pages. The
+        samples of a group share one reading in this way.
         """
-        held: list[Row] = []
-        while self.waiting and len(self.running) < self.max_rows and len(held) < 4 * self.max_rows:
-            row = self.waiting.popleft()
-            leader = self._by_prompt.get(row.request.prompt)
-            if leader is not None and leader.cached < len(row.request.prompt) and not row.made:
-                held.append(row)
-                continue
-            try:
-                self._start(row)
-            except OutOfPages:
-                self._drop(row)
-                held.append(row)
-                break
-        self.waiting.extendleft(reversed(held))
+        for key in [key for key in self._parked if not self._reads(key)]:
+            for row in reversed(self._parked.pop(key).values()):
+                self._first(row)
+        while self.waiting and len(self.running) < self.max_rows:
+            row = next(iter(self.waiting.values()))
+            if self._reads(row.prompt) and not row.made:
+                del self.waiting[row.ticket]
+                row.parked = True
+                self._parked.setdefault(row.prompt, {})[row.ticket] = row
+            elif self._start(row):
+                del self.waiting[row.ticket]
+            else:
+                return
 
-    def _start(self, row: Row) -> None:
-        """Give a row the known pages of its beginning and room for the rest of what it has."""
+    def _reads(self, prompt: bytes) -> bool:
+        leader = self._leaders.get(prompt)
+        return leader is not None and leader.reading
+
+    def _start(self, row: Row) -> bool:
+        """Give a row the known pages of its beginning and room to begin; False when there is not enough."""
+        tokens = row.tokens
+        keys, found = self._find(tokens)
+        known = len(found) * PAGE
+        leader = self._leaders.get(row.prompt)
+        # The page that a prompt ends in goes on differently in each answer.
+        copied = leader is not None and not row.made and known == len(tokens) // PAGE * PAGE < len(tokens)
+        held = len(tokens) if copied else known
+        # The last token is always read, for what follows it; with drafts one more, for its state.
+        cached = max(0, min(held - (self.drafts > 0), len(tokens) - 1))
+        need = pages_for(min(len(tokens), cached + self.chunk), self.drafts) - len(found)
+        left = self.pages.available - sum(map(self.pages.is_idle, found)) - need
+        # A page to spare for every row, or they would soon take each other's.
+        if left < len(self.running):
+            return False
         row.line = self.lines.pop()
         self.running.append(row)
-        key, tokens = b"", row.tokens
+        for page in found:
+            self._append(row, self.pages.share(page))
+        row.keys, row.shared, row.cached = keys, known, cached
+        if copied and leader is not None:
+            last = row.pages[-1] if row.pages else SCRATCH
+            self._append(row, self.pages.copy(leader.pages[len(found)], len(tokens) - known, last))
+        self._reserve(row, min(len(tokens), cached + self.chunk))
+        self.reused += cached
+        if leader is None and not row.parked:
+            self._leaders[row.prompt] = row
+        return True
+
+    def _find(self, tokens: list[int]) -> tuple[list[bytes], list[int]]:
+        """Keys and pages of the known pages that the tokens begin with."""
+        keys: list[bytes] = []
+        found: list[int] = []
         for at in range(0, len(tokens) - PAGE + 1, PAGE):
-            key = chain(key, tokens[at : at + PAGE])
+            key = chain(keys[-1] if keys else b"", tokens[at : at + PAGE])
             page = self.pages.find(key)
             if page is None:
                 break
-            self._append(row, self.pages.share(page))
-            row.keys.append(key)
-        known = row.shared = len(row.pages) * PAGE
-        leader = self._by_prompt.get(row.request.prompt)
-        if leader is not None and not row.made and known == len(tokens) // PAGE * PAGE < len(tokens):
-            # The page that the prompt ends in goes on differently in each answer.
-            last = row.pages[-1] if row.pages else SCRATCH
-            self._append(row, self.pages.copy(leader.pages[len(row.pages)], len(tokens) - known, last))
-            known = len(tokens)
-        # The last token is always read, for what follows it; with drafts one more, for its state.
-        row.cached = max(0, min(known - (self.drafts > 0), len(tokens) - 1))
-        self.reused += row.cached
-        self._reserve(row, min(len(tokens), row.cached + self.chunk))
-        if leader is None:
-            self._by_prompt[row.request.prompt] = row
+            keys.append(key)
+            found.append(page)
+        return keys, found
 
     def _append(self, row: Row, page: int) -> None:
         self.table[row.line, len(row.pages)] = page
@@ -136,15 +176,17 @@ class Rows:
         self.lines.append(row.line)
         row.pages, row.keys, row.drafts = [], [], []
         row.cached, row.shared, row.line, row.private = 0, 0, -1, False
-        if self._by_prompt.get(row.request.prompt) is row:
-            del self._by_prompt[row.request.prompt]
+        if self._leaders.get(row.prompt) is row:
+            del self._leaders[row.prompt]
 
     def finish(self, row: Row) -> None:
         """The row is done, or nobody wants it any more."""
-        if row.line < 0:
-            self.waiting.remove(row)
-        else:
+        if row.line >= 0:
             self._drop(row)
+        elif row.ticket in self.waiting:
+            del self.waiting[row.ticket]
+        else:
+            self._parked[row.prompt].pop(row.ticket)
 
     def spans(self) -> list[Span]:
         """What the next step reads. When pages run out the youngest rows give theirs back and wait again."""
@@ -155,9 +197,7 @@ class Rows:
                 continue  # gave way to one before it
             left = len(row.tokens) - row.cached
             count = left if left == 1 else min(left, budget)
-            if not count:
-                continue
-            if self._fits(row, row.cached + count):
+            if count and self._fits(row, row.cached + count):
                 budget -= count if left > 1 else 0
                 spans.append(Span(row, row.cached, count, count == left))
         return spans
@@ -171,7 +211,7 @@ class Rows:
             except OutOfPages:
                 youngest = self.running[-1]
                 self._drop(youngest)
-                self.waiting.appendleft(youngest)
+                self._first(youngest)
                 self.preemptions += 1
                 if youngest is row:
                     return False
@@ -189,6 +229,6 @@ class Rows:
         """Nothing cached serves new rows: the weights have changed. Running rows go on with what they have,
         and their pages stay theirs alone."""
         self.pages.forget()
-        self._by_prompt.clear()
+        self._leaders.clear()
         for row in self.running:
             row.private = True

@@ -1,7 +1,7 @@
 """How the next token is chosen. Each request draws from its own stream of random numbers.
 
-The draw at a position is a hash of the request's seed and that position, so a request gives the same text
-whatever else is in the batch, in whatever order requests finish, and whether or not its tokens were drafted.
+The draw at a position is a hash of the request's seed and that position: it does not depend on what else is
+in the batch, on the order in which requests finish, or on whether tokens were drafted.
 Legend: B rows, O vocabulary.
 """
 
@@ -41,8 +41,10 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise SamplingError(f"sampling.top_p is {self.top_p}: it must be in (0, 1]")
-        if self.top_k < 0:
-            raise SamplingError(f"sampling.top_k is {self.top_k}: it must be 0 (all tokens) or more")
+        if not 0 <= self.top_k < 1 << 31:
+            raise SamplingError(
+                f"sampling.top_k is {self.top_k}: it must be 0 (all tokens) or more, in 31 bits"
+            )
         if not 0 <= self.min_p <= 1:
             raise SamplingError(f"sampling.min_p is {self.min_p}: it must be in [0, 1]")
         if any(not text for text in self.stop):
@@ -62,14 +64,17 @@ class Rules:
     seeds_B: Tensor
     greedy: bool
     """Every row is greedy."""
-    filtered: bool
-    """Some row leaves tokens out."""
+    filtered: Tensor | None
+    """Which rows leave tokens out, int64; None when no row does."""
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device | str = "cpu") -> Rules:
         def tensor(values: list[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
+        filtered = [
+            i for i, r in enumerate(rows) if r.temperature > 0 and (r.top_p < 1 or r.top_k or r.min_p)
+        ]
         return cls(
             tensor([r.temperature for r in rows], torch.float64),
             tensor([r.top_p for r in rows], torch.float64),
@@ -77,7 +82,7 @@ class Rules:
             tensor([r.min_p for r in rows], torch.float64),
             tensor([r.seed for r in rows], torch.int64),
             all(r.temperature == 0 for r in rows),
-            any(r.temperature > 0 and (r.top_p < 1 or r.top_k or r.min_p) for r in rows),
+            torch.tensor(filtered, device=device) if filtered else None,
         )
 
     def draws(self, made: Sequence[int]) -> Tensor:
@@ -116,8 +121,8 @@ def choose(logits_BO: Tensor, rules: Rules, draws_B: Tensor) -> Tensor:
     # From the best one down, so that no temperature is too small to divide by.
     below_BO = logits_BO.double() - logits_BO.amax(-1, keepdim=True)
     probs_BO = torch.softmax(below_BO / temperature_B1, -1)
-    if rules.filtered:
-        probs_BO = _filtered(probs_BO, rules)
+    if rules.filtered is not None:
+        probs_BO[rules.filtered] = _filtered(probs_BO[rules.filtered], rules)
     cumulative = probs_BO.cumsum(-1)
     target = draws_B[:, None] * cumulative[:, -1:]
     drawn_B = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=probs_BO.shape[1] - 1)
@@ -126,14 +131,16 @@ def choose(logits_BO: Tensor, rules: Rules, draws_B: Tensor) -> Tensor:
 
 def _filtered(probs_BO: Tensor, rules: Rules) -> Tensor:
     """Probabilities with what top_k, top_p and min_p leave out set to zero; the likeliest token stays."""
+    top_p, top_k, min_p = (
+        rule[rules.filtered, None] for rule in (rules.top_p_B, rules.top_k_B, rules.min_p_B)
+    )
     ordered, order = probs_BO.sort(dim=-1, descending=True, stable=True)
     rank_O = torch.arange(probs_BO.shape[1], device=probs_BO.device)
-    dropped = (rank_O >= rules.top_k_B[:, None]) & (rules.top_k_B[:, None] > 0)
+    dropped = (rank_O >= top_k) & (top_k > 0)
     ordered = ordered.masked_fill(dropped, 0.0)
     before = ordered.cumsum(-1) - ordered
     # At top_p 1 nothing goes, whatever the rounding of the sum.
-    whole = rules.top_p_B[:, None] >= 1
-    dropped |= (before >= rules.top_p_B[:, None] * ordered.sum(-1, keepdim=True)) & ~whole
-    dropped |= ordered < rules.min_p_B[:, None] * ordered[:, :1]
+    dropped |= (before >= top_p * ordered.sum(-1, keepdim=True)) & (top_p < 1)
+    dropped |= ordered < min_p * ordered[:, :1]
     dropped[:, 0] = False
     return probs_BO.masked_fill(torch.zeros_like(dropped).scatter_(1, order, dropped), 0.0)

@@ -261,6 +261,18 @@ def test_what_is_not_finished_when_the_drain_ends_is_told_so(
         assert not served.thread.is_alive()
 
 
+def test_a_prompt_that_breaks_the_model_s_arithmetic_is_an_error_of_its_own(tokenizer: ChatTokenizer) -> None:
+    with serving(tokenizer, Settings(4, 4, 8)) as served:
+        expected = served.chat("Reverse 12.", seed=1).json()["choices"]
+        [broken] = tokenizer.encode("~")
+        with torch.no_grad():
+            served.engine.model.embed_tokens[broken] = float("nan")
+        reply = served.chat("Reverse ~.", seed=1)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "not_finite")
+        assert served.chat("Reverse 12.", seed=1).json()["choices"] == expected
+        assert httpx.get(f"{served.url}/health").status_code == 200
+
+
 def test_an_engine_that_fails_leaves_nobody_waiting(
     tokenizer: ChatTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:

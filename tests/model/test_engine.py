@@ -251,7 +251,9 @@ def test_an_engine_that_cannot_work_says_so():
         Engine(tiny(num_nextn_predict_layers=0), [], drafts=1)
     with pytest.raises(RequestError, match="max_rows is 0"):
         Engine(tiny(), [], max_rows=0)
-    with pytest.raises(RequestError, match="may take 31 tokens, and the cache holds 16"):
+    with pytest.raises(
+        RequestError, match="may take 31 tokens and with them 2 pages of 16, and the cache has 1"
+    ):
         Engine(tiny(), [], cache_tokens=16).submit(Request((1,), Sampling(max_tokens=30)))
     engine = Engine(tiny(), [])
     engine.submit(Request((1,)))

@@ -166,7 +166,7 @@ def test_sampling_with_drafts_keeps_the_model_s_distribution(speaker):
 
 
 def test_sampled_drafts_are_drawn_with_the_request_s_own_numbers(speaker):
-    """With other numbers two equal distributions agree as often as two draws from one: here in about 2 of 3."""
+    """With other numbers equal distributions would agree as often as two draws from one: in about 2 of 3."""
     asked = [Request((i,), Sampling(30, seed=i)) for i in range(16)]
     engine = Engine(speaker, [], drafts=1)
     answers = engine.generate(asked)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from model.transformer import Output, Transformer
 
-CHUNK = 2048
-"""Positions whose logits exist at one time."""
+CHUNK = 512
+"""Positions whose logits exist at one time. Few enough that a CPU's allocator hands out the same memory for
+every chunk: blocks above 32 MiB come from the system and go back to it, page by page, each time."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -35,7 +36,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
                 grad = grad.to(states.dtype)
                 torch.mm(grad, head, out=grad_states[start : start + CHUNK])
-                grad_head += (grad.t() @ states).float()
+                if grad.dtype == torch.float32:
+                    grad_head.addmm_(grad.t(), states)
+                else:
+                    grad_head += grad.t() @ states
         ctx.save_for_backward(*((grad_states, grad_head) if need else ()))
         ctx.head_dtype = head_OD.dtype
         return total

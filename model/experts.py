@@ -1,9 +1,9 @@
-"""The routed experts of a layer as one grouped product: no token is dropped, no expert is padded.
+"""The routed experts of a layer as one grouped product: no token is dropped.
 
 Tokens arrive sorted by expert; each expert's rows are one contiguous slice. The backward pass is written by
 hand: it recomputes the activation from the saved gate and up values, and writes each expert's weight gradient
-straight into its slice.
-Legend: S (token, expert) pairs, E experts, D hidden, F expert width.
+straight into its slice. A row's routing weight goes onto its hidden values, which are fewer than its outputs.
+Legend: P (token, expert) pairs, E experts, D hidden, F expert width.
 """
 
 from __future__ import annotations
@@ -14,54 +14,64 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.ffn import swiglu
+from model.ffn import swiglu, swiglu_backward
 from model.precision import Precision
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_SD: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
-        both = x_SD.new_empty(x_SD.shape[0], gate_up.shape[1])
-        for x, w, out in zip(x_SD.split(counts), gate_up, both.split(counts), strict=True):
-            torch.mm(x, w.t(), out=out)
-        gate, up = both.chunk(2, dim=-1)
-        hidden = F.silu(gate).mul_(up)
-        y_SD = torch.empty_like(x_SD)
-        for h, w, out in zip(hidden.split(counts), down, y_SD.split(counts), strict=True):
-            torch.mm(h, w.t(), out=out)
-        ctx.counts = counts
-        ctx.save_for_backward(x_SD, gate_up, down, both)
-        return y_SD
+    """Products in the type of `x_PD`, whatever the weights are stored in; their gradients have their type."""
 
     @staticmethod
-    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_SD, gate_up, down, both = ctx.saved_tensors
-        counts = ctx.counts
-        grad_SD = grad_SD.contiguous()
+    def forward(
+        ctx: Any, x_PD: Tensor, gate_up: Tensor, down: Tensor, weights_P1: Tensor | None, counts: list[int]
+    ) -> Tensor:
+        both = _product(x_PD, gate_up.to(x_PD.dtype).mT, counts)
         gate, up = both.chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        hidden = silu * up
-        grad_hidden = torch.empty_like(hidden)
-        grad_down = torch.zeros_like(down)
-        slices = zip(grad_SD.split(counts), hidden.split(counts), grad_hidden.split(counts), strict=True)
-        for expert, (g, h, out) in enumerate(slices):
-            if counts[expert]:
-                torch.mm(g, down[expert], out=out)
-                torch.mm(g.t(), h, out=grad_down[expert])
-        # d silu(a)/da = s + silu(a) (1 - s), with s = sigmoid(a)
-        grad_both = torch.empty_like(both)
-        grad_gate, grad_up = grad_both.chunk(2, dim=-1)
-        torch.mul(grad_hidden, silu, out=grad_up)
-        torch.mul(grad_hidden.mul_(up), sigmoid.add_(silu.mul_(1 - sigmoid)), out=grad_gate)
-        grad_x = torch.empty_like(x_SD)
-        grad_gate_up = torch.zeros_like(gate_up)
-        slices = zip(grad_both.split(counts), x_SD.split(counts), grad_x.split(counts), strict=True)
-        for expert, (g, x, out) in enumerate(slices):
-            if counts[expert]:
-                torch.mm(g, gate_up[expert], out=out)
-                torch.mm(g.t(), x, out=grad_gate_up[expert])
-        return grad_x, grad_gate_up, grad_down, None
+        hidden = F.silu(gate).mul_(up)
+        if weights_P1 is not None:
+            hidden.mul_(weights_P1)
+        ctx.counts = counts
+        ctx.save_for_backward(x_PD, gate_up, down, weights_P1, both)
+        return _product(hidden, down.to(x_PD.dtype).mT, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+        x_PD, gate_up, down, weights_P1, both = ctx.saved_tensors
+        counts = ctx.counts
+        grad_PD = grad_PD.contiguous()
+        gate, up = both.chunk(2, dim=-1)
+        opened = F.silu(gate)
+        hidden = opened * up
+        grad_hidden = _product(grad_PD, down.to(x_PD.dtype), counts)
+        grad_weights = None
+        if weights_P1 is not None:
+            grad_weights = (grad_hidden * hidden).sum(-1, keepdim=True)
+            grad_hidden.mul_(weights_P1)
+            hidden.mul_(weights_P1)
+        grad_down = _outer(grad_PD, hidden, counts, down)
+        grad_both = swiglu_backward(grad_hidden, both, opened)
+        grad_x = _product(grad_both, gate_up.to(x_PD.dtype), counts)
+        return grad_x, _outer(grad_both, x_PD, counts, gate_up), grad_down, grad_weights, None
+
+
+def _product(x_PI: Tensor, weights_EIO: Tensor, counts: list[int]) -> Tensor:
+    """Each expert's rows times its matrix."""
+    y_PO = x_PI.new_empty(x_PI.shape[0], weights_EIO.shape[2])
+    for x, w, out in zip(x_PI.split(counts), weights_EIO, y_PO.split(counts), strict=True):
+        if len(x):
+            torch.mm(x, w, out=out)
+    return y_PO
+
+
+def _outer(left_PO: Tensor, right_PI: Tensor, counts: list[int], like: Tensor) -> Tensor:
+    """Gradient of every expert's matrix [O, I], in the type of the weights `like`; zero without a row."""
+    grads = torch.empty_like(like, dtype=left_PO.dtype)
+    for left, right, out in zip(left_PO.split(counts), right_PI.split(counts), grads, strict=True):
+        if len(left):
+            torch.mm(left.t(), right, out=out)
+        else:
+            out.zero_()
+    return grads.to(like.dtype)
 
 
 class RoutedExperts(nn.Module):
@@ -73,15 +83,34 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, x_SD: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by expert, `counts[e]` of them for expert e -> the experts' outputs, same order."""
-        if self.precision.name == "fp32":
-            return _GroupedSwiGLU.apply(x_SD, self.gate_up_proj, self.down_proj, counts)
+    def block(self, rows: int) -> int:
+        """What `counts` should be multiples of when there are `rows` rows in all.
+
+        On a CPU, oneDNN compiles code for every new shape of a bfloat16 product, which takes ten times as
+        long as the product. Rounded up to a sixteenth of the mean, counts are the same few numbers in every
+        step.
+        """
+        mean = rows // self.gate_up_proj.shape[0]
+        compiled = self.precision.name == "bf16" and self.gate_up_proj.device.type == "cpu"
+        return 1 << (mean // 16).bit_length() - 1 if compiled and mean >= 16 else 1
+
+    def forward(self, x_PD: Tensor, counts: list[int], weights_P1: Tensor | None = None) -> Tensor:
+        """Rows sorted by expert, `counts[e]` of them for expert e -> the experts' outputs, same order, each
+        times its weight if weights are given."""
+        if self.precision.name == "fp8":
+            return self._one_by_one(x_PD, counts, weights_P1)
+        kind = x_PD.dtype if self.precision.name == "fp32" else torch.bfloat16
+        weights = None if weights_P1 is None else weights_P1.to(kind)
+        y_PD = _GroupedSwiGLU.apply(x_PD.to(kind), self.gate_up_proj, self.down_proj, weights, counts)
+        return y_PD.to(x_PD.dtype)
+
+    def _one_by_one(self, x_PD: Tensor, counts: list[int], weights_P1: Tensor | None) -> Tensor:
         outputs = []
         # Unbound at once: the gradient of each index would be as large as all experts.
         weights = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        for x, (gate_up, down) in zip(x_SD.split(counts), weights, strict=True):
+        for x, (gate_up, down) in zip(x_PD.split(counts), weights, strict=True):
             if len(x):
                 hidden = swiglu(self.precision.linear(x, gate_up))
                 outputs.append(self.precision.linear(hidden, down))
-        return torch.cat(outputs) if outputs else x_SD
+        y_PD = torch.cat(outputs) if outputs else x_PD
+        return y_PD if weights_P1 is None else y_PD * weights_P1.to(y_PD.dtype)

@@ -2,7 +2,8 @@
 
 The layer is four steps, so that a pipeline schedule can overlap them across micro-batches: route, dispatch,
 experts, combine. Plain training calls them in order.
-Legend: B batch, T positions, D hidden, S tokens (B*T), K experts a token, P (token, expert) pairs (S*K).
+Legend: B batch, T positions, D hidden, S tokens (B*T), K experts a token, P rows of experts: (token,
+expert) pairs (S*K), or a few more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.config import ModelConfig
 from model.experts import RoutedExperts
@@ -21,11 +23,11 @@ from model.precision import Precision
 
 @dataclass
 class Dispatched:
-    """Tokens sorted by expert, and the way back."""
+    """Tokens sorted by expert, and the way back. Rows that fill up a block have weight zero."""
 
     x_PD: Tensor
-    token_P: Tensor  # which token each pair came from
-    pair_P: Tensor  # its place in the flattened [S, K] choice
+    token_P: Tensor  # which token each row came from
+    weights_P1: Tensor  # float32, what each row's output is multiplied with
     counts: list[int]
 
 
@@ -45,21 +47,42 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
         routing = self.gate(x_BTD, valid_BT)
         sent = self.dispatch(x_BTD, routing)
-        return self.combine(x_BTD, self.experts(sent.x_PD, sent.counts), sent, routing), routing
+        return self.combine(x_BTD, self.experts(sent.x_PD, sent.counts, sent.weights_P1), sent), routing
 
     def dispatch(self, x_BTD: Tensor, routing: Routing) -> Dispatched:
         """Sort pairs by expert. The stable sort keeps the sum over a token's experts in one fixed order."""
+        flat = x_BTD.reshape(-1, x_BTD.shape[-1])
+        pairs = routing.experts_SK.numel()
         experts_P = routing.experts_SK.flatten()
         pair_P = experts_P.argsort(stable=True)
-        token_P = pair_P // routing.experts_SK.shape[1]
-        counts = torch.bincount(experts_P, minlength=self.gate.config.n_routed_experts).tolist()
+        counts_E = torch.bincount(experts_P, minlength=self.gate.config.n_routed_experts)
+        weights_P = routing.weights_SK.flatten()
+        block = self.experts.block(pairs)
+        if block > 1:
+            pair_P, counts_E = _rounded_up(pair_P, counts_E, block)
+            weights_P = F.pad(weights_P, (0, 1))
+        token_P = (pair_P // routing.experts_SK.shape[1]).clamp_(max=flat.shape[0] - 1)
         # Not by indexing: the backward pass of that adds with several threads in any order.
-        rows_PD = x_BTD.reshape(-1, x_BTD.shape[-1]).index_select(0, token_P)
-        return Dispatched(rows_PD, token_P, pair_P, counts)
+        return Dispatched(
+            flat.index_select(0, token_P),
+            token_P,
+            weights_P.index_select(0, pair_P)[:, None],
+            counts_E.tolist(),
+        )
 
-    def combine(self, x_BTD: Tensor, y_PD: Tensor, sent: Dispatched, routing: Routing) -> Tensor:
-        """Weighted sum of each token's experts, plus the shared expert."""
-        weights_P1 = routing.weights_SK.flatten()[sent.pair_P, None].to(y_PD.dtype)
+    def combine(self, x_BTD: Tensor, y_PD: Tensor, sent: Dispatched) -> Tensor:
+        """Sum of each token's experts, plus the shared expert."""
         flat = x_BTD.reshape(-1, x_BTD.shape[-1])
         base = self.shared_experts(flat) if self.shared_experts is not None else torch.zeros_like(flat)
-        return base.index_add(0, sent.token_P, y_PD * weights_P1).view_as(x_BTD)
+        return base.index_add_(0, sent.token_P, y_PD).view_as(x_BTD)
+
+
+def _rounded_up(pair_P: Tensor, counts_E: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Each expert's pairs followed by as many that are none (one past the last) as make a multiple of
+    `block`; and the new counts."""
+    full_E = (counts_E + block - 1) // block * block
+    gap_E = full_E - counts_E
+    place_P = torch.arange(len(pair_P), device=pair_P.device)
+    place_P += (gap_E.cumsum(0) - gap_E).repeat_interleave(counts_E)
+    rounded = pair_P.new_full((int(full_E.sum()),), len(pair_P))
+    return rounded.index_copy_(0, place_P, pair_P), full_E

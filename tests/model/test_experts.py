@@ -132,3 +132,55 @@ def test_other_precisions_pass_over_idle_experts(precision):
     assert all(moe.experts.gate_up_proj.grad[~idle].flatten(1).any(1))
     empty = moe.experts(x.new_zeros(0, TINY.hidden_size), [0] * TINY.n_routed_experts)
     assert empty.shape == (0, TINY.hidden_size)
+
+
+@pytest.mark.parametrize("crowd", [False, True], ids=["spread", "all to few experts"])
+def test_filled_up_blocks_change_nothing_but_the_shapes(monkeypatch, crowd):
+    """What bf16 does on a CPU, in fp32 and on the same tokens: outputs and gradients are those without it."""
+    moe: MoE = tiny().layers[1].mlp.train()
+    if crowd:
+        moe.gate.e_score_correction_bias.copy_(torch.tensor([5.0] * 6 + [-5.0] * 6))
+    generator = torch.Generator().manual_seed(12)
+    x, aim = (torch.randn(2, 50, TINY.hidden_size, generator=generator) for _ in range(2))
+
+    def run(block: int) -> tuple[Tensor, dict[str, Tensor], list[int]]:
+        monkeypatch.setattr(RoutedExperts, "block", lambda self, rows: block)
+        moe.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y, routing = moe(leaf)
+        (y * aim).sum().backward()
+        grads = {name: p.grad.clone() for name, p in moe.named_parameters()} | {"x": leaf.grad}
+        return y, grads, moe.dispatch(x, routing).counts
+
+    expected, expected_grads, counts = run(1)
+    found, grads, rounded = run(8)
+    assert rounded == [-(-count // 8) * 8 for count in counts] != counts
+    assert relative(found, expected) < 1e-6
+    for name, gradient in expected_grads.items():
+        assert relative(grads[name], gradient) < 1e-5, name
+    if crowd:
+        assert not grads["experts.down_proj"][6:].any()
+
+
+def test_blocks_are_a_sixteenth_of_the_mean_for_bfloat16_alone():
+    experts = RoutedExperts(4, 6, 3, Precision("bf16"))
+    blocks = {mean: experts.block(4 * mean) for mean in (0, 15, 16, 31, 32, 500, 512)}
+    assert blocks == {0: 1, 15: 1, 16: 1, 31: 1, 32: 2, 500: 16, 512: 32}
+    assert RoutedExperts(4, 6, 3, Precision()).block(4 * 512) == 1
+
+
+def test_the_gradient_of_the_grouped_product_with_weights_is_right():
+    experts = RoutedExperts(3, 4, 5, Precision()).double()
+    generator = torch.Generator().manual_seed(13)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(generator=generator)
+    x, weights = (
+        torch.randn(6, width, dtype=torch.float64, generator=generator).requires_grad_() for width in (4, 1)
+    )
+
+    def product(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        parameters = {"gate_up_proj": gate_up, "down_proj": down}
+        return torch.func.functional_call(experts, parameters, (x, [4, 0, 2], weights))
+
+    assert torch.autograd.gradcheck(product, (x, weights, experts.gate_up_proj, experts.down_proj))

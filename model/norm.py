@@ -14,7 +14,8 @@ def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.float()
     inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
     inverse = inverse.add_(eps).rsqrt_()
-    return ((wide * inverse).mul_(weight)).to(x.dtype), inverse
+    unit = wide * inverse if wide is x else wide.mul_(inverse)
+    return unit.mul_(weight).to(x.dtype), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -26,13 +27,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Both sums that are needed, over rows and over columns, are products of one tensor with a vector."""
         x, weight, inverse = ctx.saved_tensors
-        unit = x.float() * inverse
-        grad = grad.float()
-        grad_weight = (grad * unit).flatten(0, -2).sum(0)
-        scaled = grad * weight
-        mean = (scaled * unit).mean(-1, keepdim=True)
-        grad_x = scaled.sub_(unit.mul_(mean)).mul_(inverse)
+        wide, wide_grad = x.float(), grad.float()
+        both = (wide_grad * wide).flatten(0, -2)
+        grad_weight = both.t().mv(inverse.flatten())
+        mean = both.mv(weight.float()).view_as(inverse).mul_(inverse.pow(3)).div_(-x.shape[-1])
+        grad_x = wide_grad * weight if wide_grad is grad else wide_grad.mul_(weight)
+        grad_x.mul_(inverse).addcmul_(wide, mean)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.norm import RMSNorm
 from model.precision import Precision
 from model.recompute import remember
-from model.yarn import rotate, softmax_scale
+from model.yarn import rotate, rotate_end, softmax_scale
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -45,43 +45,51 @@ class MultiHeadLatentAttention(nn.Module):
         return remember(self._up_query(raw_BTQ, cos, sin), lambda: self._up_query(raw_BTQ, cos, sin))
 
     def _up_query(self, raw_BTQ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        c = self.config
         q = self.precision.linear(self.q_a_layernorm(raw_BTQ), self.q_b_proj)
-        q = q.unflatten(-1, (c.num_attention_heads, -1))
-        content, rotary = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
-        return torch.cat((content, rotate(rotary, cos.unsqueeze(-2), sin.unsqueeze(-2))), dim=-1)
+        q = q.unflatten(-1, (self.config.num_attention_heads, -1))
+        return rotate_end(q, cos.unsqueeze(-2), sin.unsqueeze(-2))
 
     def latents(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """What decoding caches: normed latent and rotated shared key, [B, T, C + R]."""
+        return torch.cat(self._latent_and_key(x_BTD, cos, sin), dim=-1)
+
+    def _latent_and_key(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
         raw = self.precision.linear(x_BTD, self.kv_a_proj)
         latent, rotary = raw.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        return torch.cat((self.kv_a_layernorm(latent), rotate(rotary, cos, sin)), dim=-1)
+        return self.kv_a_layernorm(latent), rotate(rotary, cos, sin)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
         """Expanded form, for training and for reading a prompt: [B, T, D] -> [B, T, D]."""
         q_BTHK = self.queries(x_BTD, cos, sin)
-        return self.expanded(q_BTHK, self.latents(x_BTD, cos, sin), mask)
+        return self._attend(q_BTHK, *self._latent_and_key(x_BTD, cos, sin), mask)
 
     def expanded(self, q_BTHK: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
         """Attention after expanding latents [B, T, C + R] into every head's keys and values."""
-        both = remember(self._up_key_value(latents), lambda: self._up_key_value(latents))
-        width = self.config.qk_head_dim
-        k_BHTK, v_BHTV = both[..., :width].transpose(1, 2), both[..., width:].transpose(1, 2)
-        out = attend(q_BTHK.transpose(1, 2), k_BHTK, v_BHTV, self.scale, mask)[..., : self.config.v_head_dim]
-        return self.precision.linear(out.transpose(1, 2).flatten(-2), self.o_proj)
+        c = self.config
+        return self._attend(q_BTHK, *latents.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1), mask)
 
-    def _up_key_value(self, latents: Tensor) -> Tensor:
+    def _attend(self, q_BTHK: Tensor, latent_BTC: Tensor, key_BTR: Tensor, mask: Tensor | None) -> Tensor:
+        both = remember(
+            self._up_key_value(latent_BTC, key_BTR), lambda: self._up_key_value(latent_BTC, key_BTR)
+        )
+        width = self.config.qk_head_dim
+        # Split and not indexed: going back, each index would fill a tensor as large as both.
+        k_BTHK, v_BTHV = both.split((width, both.shape[-1] - width), dim=-1)
+        out_BHTV = attend(*(x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV)), self.scale, mask)
+        out_BTHV = out_BHTV[..., : self.config.v_head_dim].transpose(1, 2)
+        return self.precision.linear(out_BTHV.flatten(-2), self.o_proj)
+
+    def _up_key_value(self, latent_BTC: Tensor, key_BTR: Tensor) -> Tensor:
         """Every head's keys and values side by side in one tensor, [B, T, H, K + V].
 
         Fused attention wants equal widths, so narrower values are padded with zeros: at 192/128 that costs a
         quarter more memory traffic on v and avoids the unfused path, which holds all scores.
         """
         c = self.config
-        latent, rotary = latents.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        kv = self.precision.linear(latent, self.kv_b_proj).unflatten(-1, (c.num_attention_heads, -1))
+        kv = self.precision.linear(latent_BTC, self.kv_b_proj).unflatten(-1, (c.num_attention_heads, -1))
         content, v_BTHV = kv.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
-        shared = rotary.unsqueeze(-2).expand(-1, -1, c.num_attention_heads, -1)
+        shared = key_BTR.unsqueeze(-2).expand(-1, -1, c.num_attention_heads, -1)
         padding = max(0, c.qk_head_dim - c.v_head_dim)
         zeros = (v_BTHV.new_zeros(()).expand(*v_BTHV.shape[:-1], padding),) if padding else ()
         return torch.cat((content, shared, v_BTHV, *zeros), dim=-1)

@@ -8,6 +8,7 @@ Legend: B batch, T positions, H heads, R rotary width of a head.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,11 +63,56 @@ def rotation_table(
     return angles.cos().to(device), angles.sin().to(device)
 
 
+class _Rotate(torch.autograd.Function):
+    """A turn by the opposite angle is its own gradient, so only the angles are saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+class _RotateEnd(torch.autograd.Function):
+    """One copy each way, where halves that are split and put together again take more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned_end(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned_end(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # A copy, because pairs can be read as complex numbers only where they are aligned.
+    wide = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin))
+    return wide.to(x.dtype)
+
+
+def _turned_end(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    end = out[..., -2 * cos.shape[-1] :]
+    end.copy_(_turned(end, cos, sin))
+    return out
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn interleaved pairs (2i, 2i+1) of the last dimension.
 
     x [..., R]; cos and sin broadcast against [..., R/2]. Computed in float32, returned in x's type.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    return _Rotate.apply(x, cos, sin)
+
+
+def rotate_end(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for the last R of a wider dimension: x [..., N + R]."""
+    return _RotateEnd.apply(x, cos, sin)

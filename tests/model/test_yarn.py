@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.yarn import correction_range, inverse_frequencies, rotate, rotation_table, softmax_scale
+from model.yarn import (
+    correction_range,
+    inverse_frequencies,
+    rotate,
+    rotate_end,
+    rotation_table,
+    softmax_scale,
+)
 from tests.model.tiny import TINY
 
 V3 = ModelConfig(rope_factor=40.0)
@@ -43,3 +50,18 @@ def test_rotation_is_of_pairs_and_depends_on_distance_alone():
     far = rotate(q, cos[35], sin[35]) @ rotate(k, cos[30], sin[30])
     assert float(near) == pytest.approx(float(far), rel=1e-4)
     assert float(near) != pytest.approx(float(q @ k), rel=1e-2)
+
+
+@pytest.mark.parametrize("content", [5, 6])
+def test_the_end_of_a_wider_dimension_is_turned_and_the_gradient_turned_back(content):
+    cos, sin = (table[:4].unsqueeze(-2) for table in rotation_table(TINY, 4))
+    generator = torch.Generator().manual_seed(1)
+    x, aim = (torch.randn(2, 4, 3, content + 8, generator=generator) for _ in range(2))
+    leaf = x.clone().requires_grad_()
+    found = rotate_end(leaf, cos, sin)
+    (found * aim).sum().backward()
+    even, odd = x[..., content:].unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    assert torch.allclose(found, torch.cat((x[..., :content], pairs), dim=-1), atol=1e-6)
+    # A turn is orthogonal: what goes back is turned by the opposite angle.
+    assert torch.allclose(rotate_end(aim, cos, -sin), leaf.grad, atol=1e-6)

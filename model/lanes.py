@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from model.transformer import Transformer
 
@@ -60,8 +61,21 @@ class Lanes:
             results.append(work(main, wave[0]))
             for replica, other in zip(self.replicas[1:], others, strict=False):
                 results.append(other.result())
-                _add_gradients(main, replica)
+                self._add_gradients(replica)
         return results
+
+    def _add_gradients(self, replica: Transformer) -> None:
+        """Every lane takes its share of the parameters, each of which is added in one thread."""
+        pairs = list(zip(self.replicas[0].parameters(), replica.parameters(), strict=True))
+        count = len(self.replicas)
+        others = [
+            self._pool.submit(_add_gradients, pairs[lane::count])
+            for lane in range(1, count)
+            if self._pool is not None
+        ]
+        _add_gradients(pairs[::count])
+        for other in others:
+            other.result()
 
 
 def _replica(model: Transformer) -> Transformer:
@@ -77,8 +91,8 @@ def _replica(model: Transformer) -> Transformer:
     return twin
 
 
-def _add_gradients(into: Transformer, replica: Transformer) -> None:
-    for mine, theirs in zip(into.parameters(), replica.parameters(), strict=True):
+def _add_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for mine, theirs in pairs:
         if theirs.grad is None:
             continue
         if mine.grad is None:

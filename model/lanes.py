@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from model.heap import keep_freed_memory
 from model.transformer import Transformer
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class Lanes:
         self._threads = torch.get_num_threads()
 
     def __enter__(self) -> Lanes:
+        keep_freed_memory()
         torch.set_num_threads(1)
         return self
 

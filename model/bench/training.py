@@ -16,6 +16,7 @@ from model.allocations import allocations
 from model.bench.setting import BEST, CONFIG, FP32, LENGTH, ROWS, in_turns, median_seconds, peer, ratio
 from model.config import ModelConfig
 from model.flops import training_flops
+from model.heap import keep_freed_memory
 from model.hf import write_weights
 from model.lanes import Lanes
 from model.optim.build import Optimizer, OptimizerConfig
@@ -69,10 +70,12 @@ def our_step(model: Transformer, batch: dict[str, Tensor], lanes: int) -> Callab
     optimizer = Optimizer(model, OptimizerConfig(lr=1e-4))
     config = LoopConfig(micro_rows=ROWS // lanes)
     threads = Lanes(model, lanes)
+    keep_freed_memory()
     model.train()
 
     def step() -> float:
-        # As inside `with threads`, which can be entered only once: the peers get all threads back.
+        # As inside `with threads`, which can be entered only once: the peers get all threads back, and the
+        # same allocator.
         torch.set_num_threads(1)
         figures, _ = step_gradients(threads, batch, Step(ROWS, 1.0), config)
         torch.set_num_threads(lanes)

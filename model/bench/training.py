@@ -78,8 +78,8 @@ def our_step(model: Transformer, batch: dict[str, Tensor], lanes: int) -> Callab
         # same allocator.
         torch.set_num_threads(1)
         figures, _ = step_gradients(threads, batch, Step(ROWS, 1.0), config)
-        torch.set_num_threads(lanes)
         optimizer.step(1.0)
+        torch.set_num_threads(lanes)
         return figures["loss"]
 
     return step

@@ -14,6 +14,7 @@ import torch
 
 from kernels.figures import Row, at_least, at_most
 from model.bench.setting import BEST, CONFIG, FP32, in_turns, median_seconds, peer, ratio
+from model.bench.training import products
 from model.engine.engine import Engine
 from model.engine.request import Request
 from model.engine.sampling import Sampling
@@ -59,9 +60,9 @@ def batches(rounds: int) -> list[Row]:
             rows.append(
                 ratio(label, "token/s", made / taken["ours"], made / taken["transformers"], name, goal)
             )
-            if precision == "fp32":
-                least = decode_limit(model, count) * NEW
-                rows.append(Row(f"{label}, share of its products' limit", "", least / taken["ours"]))
+            least = prompt_limit(model, count) + decode_limit(model, count) * NEW
+            rows.append(Row(f"{label}, its products alone", "token/s", made / least))
+            rows.append(Row(f"{label}, share of that limit", "", least / taken["ours"]))
             rows.append(Row(f"{label}, invariant: cost over plain", "x", taken["invariant"] / taken["ours"]))
     return rows
 
@@ -72,10 +73,19 @@ def runner(model: Transformer, prompts: list[list[int]], **options: object) -> C
     requests = [Request(tuple(prompt), Sampling(NEW, temperature=0.0)) for prompt in prompts]
 
     def call() -> object:
-        engine.refresh()
+        engine.forget()
         return engine.generate(requests)
 
     return call
+
+
+def prompt_limit(model: Transformer, rows: int) -> float:
+    """Seconds that the products of reading the prompts take by themselves."""
+    total = 0.0
+    for count, m, k, n in products(model.config, rows * PROMPT):
+        x, w = (torch.randn(shape).to(model.precision.activation_dtype) for shape in ((max(m, 1), k), (k, n)))
+        total += count * median_seconds(partial(torch.mm, x, w))
+    return total
 
 
 def decode_limit(model: Transformer, rows: int) -> float:
@@ -123,16 +133,19 @@ def drafts(rounds: int) -> list[Row]:
     prompts = [[1, 5, 9]]
     plain, drafting = runner(model, prompts), {n: runner(model, prompts, drafts=n) for n in (1, 2, 3)}
     taken = in_turns({"plain": plain, **{str(n): call for n, call in drafting.items()}}, rounds)
-    rows = []
-    best = min(drafting, key=lambda n: taken[str(n)])
+    rows, found = [], {}
     for n in drafting:
         engine = Engine(model, [], context=PROMPT + NEW, drafts=n)
         engine.generate([Request(tuple(prompts[0]), Sampling(NEW, temperature=0.0))])
-        gain = taken["plain"] / taken[str(n)]
-        rows.append(Row(f"speculation, batch 1, {n} drafts: accepted", "", engine.figures.acceptance))
-        name = f"speculation, batch 1, {n} drafts: speed over plain"
-        goal = n == best and engine.figures.acceptance >= 0.8
-        rows.append(at_least(name, "x", gain, 1.3) if goal else Row(name, "x", gain))
+        label = f"speculation, batch 1, {n} drafts"
+        rows.append(Row(f"{label}: accepted", "", engine.figures.acceptance))
+        rows.append(Row(f"{label}: speed over plain", "x", taken["plain"] / taken[str(n)]))
+        # Drafts that are hardly accepted show nothing about their speed.
+        found[n] = taken["plain"] / taken[str(n)] if engine.figures.acceptance >= 0.8 else 0.0
+    best = max(found, key=lambda n: found[n])
+    rows.append(
+        at_least(f"speculation, batch 1, the best ({best}), accepted 0.8 or more", "x", found[best], 1.3)
+    )
     return rows
 
 

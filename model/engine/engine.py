@@ -172,6 +172,10 @@ class Engine:
         self.model = model
         self.weights = Weights(model, draft=self.drafts > 0)
         self._forward.model, self._forward.weights = model, self.weights
+        self.forget()
+
+    def forget(self) -> None:
+        """Let nothing that is cached serve later requests; running ones go on with what they have."""
         self._rows.forget()
 
     def reset(self) -> None:

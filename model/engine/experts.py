@@ -34,27 +34,38 @@ def route(weights: ExpertWeights, x_SD: Tensor) -> tuple[Tensor, Tensor]:
 def mixed(weights: ExpertWeights, x_SD: Tensor, experts_SK: Tensor, weights_SK: Tensor) -> Tensor:
     """Weighted sum of each row's routed experts: [S, D]."""
     pairs, k = experts_SK.numel(), experts_SK.shape[1]
+    if len(experts_SK) == 1:
+        chosen = zip(experts_SK[0].tolist(), weights_SK[0].tolist(), strict=True)
+        out_SD = torch.zeros_like(x_SD)
+        for e, share in chosen:
+            out_SD.add_(weights.expert(e, x_SD), alpha=share)
+        return out_SD
     if pairs <= FEW:
         return _few(weights, x_SD, experts_SK.tolist(), weights_SK.tolist())
     experts_P = experts_SK.flatten()
+    if weights.grouped and pairs < EACH_ITS_OWN * weights.count:
+        # How many pairs before each went to its expert: its place among the expert's rows.
+        went_PE = torch.zeros(pairs, weights.count, dtype=torch.int32, device=x_SD.device)
+        went_PE.scatter_(1, experts_P[:, None], 1)
+        so_far_PE = went_PE.cumsum(0)
+        fullest = int(so_far_PE[-1].max())
+        if x_SD.dtype == torch.bfloat16:
+            # oneDNN compiles code for every new shape, which takes far longer than the product.
+            fullest = -(-fullest // 8) * 8
+        if fullest * weights.count <= 6 * pairs:
+            place_P = experts_P * fullest + so_far_PE.gather(1, experts_P[:, None]).squeeze(1) - 1
+            # Places that no pair has are filled with the first row, and nobody looks at what becomes of it.
+            row_EM = place_P.new_zeros(weights.count * fullest)
+            row_EM.index_copy_(0, place_P, torch.arange(pairs, device=x_SD.device) // k)
+            x_EMD = x_SD.index_select(0, row_EM).view(weights.count, fullest, -1)
+            y_EMD = torch.bmm(opened(torch.bmm(x_EMD, weights.gate_up_EDF)), weights.down_EFD)
+            return weighted(y_EMD.flatten(0, 1).index_select(0, place_P), weights_SK)
     order_P = experts_P.argsort(stable=True)
-    counts_E = torch.bincount(experts_P, minlength=weights.count)
-    counts = counts_E.tolist()
+    counts = torch.bincount(experts_P, minlength=weights.count).tolist()
     sorted_PD = x_SD.index_select(0, order_P // k)
-    fullest = max(counts)
-    if weights.grouped and pairs < EACH_ITS_OWN * weights.count and fullest * weights.count <= 6 * pairs:
-        # Place of a pair: its expert's rows, then its rank among them.
-        first_E = torch.arange(weights.count, device=x_SD.device) * fullest - (counts_E.cumsum(0) - counts_E)
-        place_P = first_E.index_select(0, experts_P.index_select(0, order_P))
-        place_P += torch.arange(pairs, device=x_SD.device)
-        x_EMD = x_SD.new_zeros(weights.count * fullest, x_SD.shape[1]).index_copy_(0, place_P, sorted_PD)
-        both = torch.bmm(x_EMD.view(weights.count, fullest, -1), weights.gate_up_EDF)
-        y_PD = torch.bmm(opened(both), weights.down_EFD).flatten(0, 1)
-        back_P = torch.empty_like(place_P).index_copy_(0, order_P, place_P)
-    else:
-        parts = zip(range(weights.count), sorted_PD.split(counts), strict=True)
-        y_PD = torch.cat([weights.expert(e, x) for e, x in parts if len(x)])
-        back_P = torch.empty_like(order_P).index_copy_(0, order_P, torch.arange(pairs, device=x_SD.device))
+    parts = zip(range(weights.count), sorted_PD.split(counts), strict=True)
+    y_PD = torch.cat([weights.expert(e, x) for e, x in parts if len(x)])
+    back_P = torch.empty_like(order_P).index_copy_(0, order_P, torch.arange(pairs, device=x_SD.device))
     return weighted(y_PD.index_select(0, back_P), weights_SK)
 
 

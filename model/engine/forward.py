@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model.attention import attend
 from model.engine.experts import mixed, mixed_invariant, route
 from model.engine.pages import PAGE, Pages
-from model.engine.reading import CHUNK, Every, Plan, own_pages, plan, read, read_invariant
+from model.engine.reading import CHUNK, Every, Plan, gathered, own_pages, plan, read, read_invariant
 from model.engine.tiles import tiled
 from model.engine.weights import AttentionWeights, BlockWeights, ExpertWeights, Weights, opened
 from model.transformer import Transformer
@@ -235,10 +235,11 @@ class Forward:
 
     def _so_far(self, latents: Tensor, s: Stretch, first: int) -> tuple[Tensor, Tensor]:
         """The cache up to the end of a stretch, [1, L, W], and what each token sees of it, [T, L]."""
-        at = np.arange(first, s.start + s.count)
-        slots = torch.from_numpy(s.table_P[at // PAGE] * PAGE + at % PAGE).to(self.device)
-        own_T1 = torch.arange(s.start, s.start + s.count, device=self.device)[:, None]
-        return latents.index_select(0, slots)[None], torch.from_numpy(at).to(self.device) <= own_T1
+        end = s.start + s.count
+        pages = torch.from_numpy(s.table_P[: -(-end // PAGE)]).to(self.device)
+        own_T1 = torch.arange(s.start, end, device=self.device)[:, None]
+        mask = torch.arange(first, end, device=self.device) <= own_T1
+        return gathered(latents, pages)[None, first:end], mask
 
     def _dense(
         self, w: AttentionWeights, query_BTHK: Tensor, known_BLW: Tensor, mask: Tensor | None

@@ -30,7 +30,7 @@ class Bucket:
     """Rows that are read together from a gathered copy."""
 
     rows: Tensor | None  # which of the B rows; None: all of them, in order
-    slots: Tensor  # [b * L]
+    pages: Tensor  # [b * L / PAGE]
     blocked_bTL: Tensor | None  # True at positions that a token must not see
 
 
@@ -75,7 +75,11 @@ def plan(table_BP: np.ndarray, seen_BT: np.ndarray, device: torch.device, first:
             slice(int(pages[a]) * PAGE, (int(pages[b - 1]) + 1) * PAGE)
             for a, b in zip(starts, ends, strict=True)
         ]
-        blocked = _blocked(seen_BT[row : row + 1], len(pages) * PAGE, first, device)
+        # Cut to what the last token sees, so that a single one needs no mask.
+        end = int(longest_B[row])
+        pieces[-1] = slice(pieces[-1].start, pieces[-1].stop - (len(pages) * PAGE - end))
+        pieces[0] = slice(pieces[0].start + first, pieces[0].stop)
+        blocked = _blocked(seen_BT[row : row + 1] - first, end - first, 0, device)
         parts.append(Alone(row, pieces, None if blocked is None else blocked[0]))
     if 0 in together:
         # Rows of similar length go together: a row is padded to at most twice its length.
@@ -87,11 +91,10 @@ def plan(table_BP: np.ndarray, seen_BT: np.ndarray, device: torch.device, first:
             together[0] = rows
     for rows in together.values():
         deepest = -(-int(longest_B[rows].max()) // PAGE)
-        slots = table_BP[rows, :deepest, None] * PAGE + np.arange(PAGE)
         parts.append(
             Bucket(
                 None if len(rows) == len(longest_B) else torch.tensor(rows, device=device),
-                torch.from_numpy(slots.reshape(-1)).to(device),
+                torch.from_numpy(table_BP[rows, :deepest].reshape(-1)).to(device),
                 _blocked(seen_BT[rows], deepest * PAGE, first, device),
             )
         )
@@ -124,9 +127,15 @@ def read(query_BTHW: Tensor, latents: Tensor, rank: int, plan: Plan) -> Tensor:
     return out
 
 
+def gathered(latents: Tensor, pages: Tensor) -> Tensor:
+    """Copies of whole pages, one after the other: [pages * PAGE, W]."""
+    width = latents.shape[1]
+    return latents.view(-1, PAGE * width).index_select(0, pages).view(-1, width)
+
+
 def _read_bucket(query_bTHW: Tensor, latents: Tensor, rank: int, bucket: Bucket) -> Tensor:
     b, t, heads, width = query_bTHW.shape
-    keys_bLW = latents.index_select(0, bucket.slots).view(b, -1, width)
+    keys_bLW = gathered(latents, bucket.pages).view(b, -1, width)
     scores = torch.bmm(query_bTHW.reshape(b, t * heads, width), keys_bLW.transpose(1, 2))
     if bucket.blocked_bTL is not None:
         scores.view(b, t, heads, -1).masked_fill_(bucket.blocked_bTL[:, :, None], float("-inf"))
@@ -137,15 +146,15 @@ def _read_bucket(query_bTHW: Tensor, latents: Tensor, rank: int, bucket: Bucket)
 def _read_alone(query_THW: Tensor, latents: Tensor, rank: int, alone: Alone) -> Tensor:
     t, heads, width = query_THW.shape
     query = query_THW.reshape(t * heads, width)
-    scores = torch.cat([query @ latents[piece].t() for piece in alone.pieces], -1)
+    found = [query @ latents[piece].t() for piece in alone.pieces]
+    scores = found[0] if len(found) == 1 else torch.cat(found, -1)
     if alone.blocked_TL is not None:
         scores.view(t, heads, -1).masked_fill_(alone.blocked_TL[:, None], float("-inf"))
     probs = scores.softmax(-1, dtype=torch.float32).to(latents.dtype)
-    done, out = 0, query.new_zeros(t * heads, rank)
-    for piece in alone.pieces:
-        count = piece.stop - piece.start
-        out.addmm_(probs[:, done : done + count], latents[piece, :rank])
-        done += count
+    shares = probs.split([piece.stop - piece.start for piece in alone.pieces], -1)
+    out = shares[0] @ latents[alone.pieces[0], :rank]
+    for share, piece in zip(shares[1:], alone.pieces[1:], strict=True):
+        out.addmm_(share, latents[piece, :rank])
     return out.view(t, heads, rank)
 
 

@@ -29,10 +29,6 @@ class Block(nn.Module):
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, valid_BT: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask)
-        return self.feed_forward(x_BTD, valid_BT)
-
-    def feed_forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Routing | None]:
-        """The second half of the layer, shared with decoding."""
         normed = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             out, routing = self.mlp(normed, valid_BT)

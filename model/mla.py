@@ -60,16 +60,12 @@ class MultiHeadLatentAttention(nn.Module):
         return self.kv_a_layernorm(latent), rotate(rotary, cos, sin)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Expanded form, for training and for reading a prompt: [B, T, D] -> [B, T, D]."""
+        """Expanded form, for training: [B, T, D] -> [B, T, D]."""
         q_BTHK = self.queries(x_BTD, cos, sin)
         return self._attend(q_BTHK, *self._latent_and_key(x_BTD, cos, sin), mask)
 
-    def expanded(self, q_BTHK: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention after expanding latents [B, T, C + R] into every head's keys and values."""
-        c = self.config
-        return self._attend(q_BTHK, *latents.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1), mask)
-
     def _attend(self, q_BTHK: Tensor, latent_BTC: Tensor, key_BTR: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention after expanding latents into every head's keys and values."""
         both = remember(
             self._up_key_value(latent_BTC, key_BTR), lambda: self._up_key_value(latent_BTC, key_BTR)
         )
@@ -98,6 +94,7 @@ class MultiHeadLatentAttention(nn.Module):
         """One new position a row against cached latents: q [B, H, N + R], cache [B, L, C + R] -> [B, D].
 
         W^UK moves into the query and W^UV behind the weighted sum, so no head's keys or values are ever made.
+        This is the form in one place; the engine does the same over pages (`model/engine/forward.py`).
         `blocked_BL` is True at cache positions past a row's own length.
         """
         c = self.config

@@ -12,6 +12,7 @@ K = N + R, W latent width (C + R), C key-value rank, V value width, Q query rank
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,9 +109,11 @@ class Forward:
             logits = self.weights.logits(norm(x))
             return logits, logits.logsumexp(-1)
 
-        return self._rows(scored, hidden_SD)
+        logits_SO, total_S = self._rows(scored, hidden_SD)
+        return logits_SO, total_S
 
-    def _rows(self, function, *rows: Tensor):  # type: ignore[no-untyped-def]
+    def _rows(self, function: Callable[..., tuple[Tensor, ...]], *rows: Tensor) -> tuple[Tensor, ...]:
+        """`function` over rows, on tiles in the invariant mode."""
         return tiled(function, *rows) if self.invariant else function(*rows)
 
     def _step(self, batch: Batch) -> _Step:
@@ -222,15 +225,15 @@ class Forward:
         )
         for (kind, _), stretches in alike.items():
             # Padding is at the end, where no token looks.
-            query = pad_sequence([_rows(query_SHK, s, step.decoding) for s in stretches], batch_first=True)
+            query = pad_sequence([_part(query_SHK, s, step.decoding) for s in stretches], batch_first=True)
             if kind == "fresh":
-                known = pad_sequence([_rows(new_SW, s) for s in stretches], batch_first=True)
+                known = pad_sequence([_part(new_SW, s) for s in stretches], batch_first=True)
                 answer = self._dense(w, query, known, None)
             else:
                 known, mask = self._so_far(latents, stretches[0], step.first)
                 answer = self._dense(w, query, known, mask)
             for s, rows in zip(stretches, answer, strict=True):
-                _rows(out, s, step.decoding)[:] = rows[: s.count]
+                _part(out, s, step.decoding)[:] = rows[: s.count]
         return out
 
     def _so_far(self, latents: Tensor, s: Stretch, first: int) -> tuple[Tensor, Tensor]:
@@ -278,6 +281,6 @@ class Forward:
         return x_SD + mix(mlp, normed_SD, experts_SK, weights_SK)
 
 
-def _rows(flat: Tensor, stretch: Stretch, skipped: int = 0) -> Tensor:
+def _part(flat: Tensor, stretch: Stretch, skipped: int = 0) -> Tensor:
     """A stretch's rows of a flat tensor that leaves out the first `skipped` tokens."""
     return flat[stretch.flat - skipped : stretch.flat - skipped + stretch.count]

@@ -9,6 +9,8 @@ for that position, so an answer is the same with drafts and without, greedy or s
 the same number, which makes both models choose alike where they agree. (Accepting with probability p/q would
 take a few drafts more, at the price of answers that depend on the drafts.)
 
+A model whose weights hold NaN is another matter: a wrong draft that meets one fails its own request.
+
 The module's latents lie in the cache beside the main model's: what it makes of the token at a position lies
 at that position. Position 0 stays empty, since no state comes before it.
 Legend: S tokens, D hidden, n drafting rows.
@@ -16,7 +18,7 @@ Legend: S tokens, D hidden, n drafting rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +30,17 @@ from model.engine.sampling import Rules, choose
 
 
 def draft(
-    forward: Forward, rows: Rows, read: Sequence[tuple[Row, int, list[int]]], hidden_SD: Tensor
+    forward: Forward,
+    rows: Rows,
+    read: Sequence[tuple[Row, int, list[int]]],
+    hidden_SD: Tensor,
+    ended: Collection[int],
 ) -> None:
     """Read new tokens into the module's cache and leave each drafting row its guesses.
 
     `read` lists rows with the position before their first new token, and where the state of the token before
-    each of them lies in `hidden_SD`. The tokens themselves are the rows' own.
+    each of them lies in `hidden_SD`. The tokens themselves are the rows' own. Rows whose tickets have `ended`
+    get no guesses, but what they leave in the cache serves others.
     """
     spans = [(row, start + 1, row.tokens[start + 1 : start + 1 + len(flat)]) for row, start, flat in read]
     batch, places = assemble(spans, rows.table, first=1, width=1 + rows.drafts)
@@ -44,7 +51,7 @@ def draft(
     last = [
         (row, place + len(tokens) - 1)
         for (row, start, tokens), place in zip(spans, places, strict=True)
-        if start + len(tokens) == len(row.tokens)
+        if start + len(tokens) == len(row.tokens) and row.ticket not in ended
     ]
     if not last:
         return

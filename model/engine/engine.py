@@ -211,13 +211,13 @@ class Engine:
         batch, places = assemble(news, rows.table, width=1 + self.drafts)
         hidden_SD = self._forward.hidden(batch)
         updates, read = self._sample(spans, places, hidden_SD)
-        if self.drafts:
-            going = [entry for entry in read if entry[0].line >= 0]
-            if going:
-                draft(self._forward, rows, going, hidden_SD)
-        for span in spans:
-            if span.row.line >= 0:
-                rows.publish(span.row, span.row.cached)
+        ended = {update.ticket for update in updates if update.finish is not None}
+        if self.drafts and read:
+            draft(self._forward, rows, read, hidden_SD, ended)
+        for row, _, _ in read:
+            rows.publish(row, row.cached)
+        for ticket in ended:
+            rows.finish(self._live.pop(ticket))
         return updates
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -283,16 +283,10 @@ class Engine:
                 update = self._accept(row, tokens[at : at + ahead], log_probs[at : at + ahead])
                 at += ahead
                 updates.append(update)
-                count += max(0, len(update.tokens) - 1)
-                row.cached += count
-                if update.finish is not None:
-                    if update.finish != "failed":
-                        # What the prediction module would have made of the last tokens is missing there.
-                        self._rows.publish(row, span.start if self.drafts else row.cached)
-                    self._rows.finish(row)
-                    del self._live[row.ticket]
-            else:
-                row.cached += count
+                if update.finish == "failed":
+                    continue
+                count += len(update.tokens) - 1
+            row.cached += count
             read.append((row, span.start, list(range(place, place + count))))
         return updates, read
 
@@ -313,8 +307,11 @@ class Engine:
     def _accept(self, row: Row, tokens: list[int], log_probs: list[float]) -> Update:
         """The tokens that stand: the first, and each after a draft that was right."""
         self.figures.drafted_tokens += len(row.drafts)
-        if not math.isfinite(log_probs[0]):
+        finite = next((i for i, one in enumerate(log_probs) if not math.isfinite(one)), len(log_probs))
+        if not finite:
             return Update(row.ticket, (), (), "failed")
+        # What is not finite behind a draft is no token. The next step begins with it, and fails.
+        tokens, log_probs = tokens[:finite], log_probs[:finite]
         finish = stopped_by = None
         taken = 0
         for number, token in enumerate(tokens):

@@ -170,6 +170,8 @@ class Rows:
 
     def _drop(self, row: Row) -> None:
         """Take a row out of the batch and its pages from it."""
+        if row.reading and self._leaders.get(row.prompt) is row:
+            self._let_lead(row.prompt)
         self.running.remove(row)
         self.pages.release(row.pages)
         self.table[row.line] = SCRATCH
@@ -178,6 +180,11 @@ class Rows:
         row.cached, row.shared, row.line, row.private = 0, 0, -1, False
         if self._leaders.get(row.prompt) is row:
             del self._leaders[row.prompt]
+
+    def _let_lead(self, prompt: bytes) -> None:
+        """The prompt has not been read after all: one of those that wait for it must read it for the rest."""
+        for row in self._parked.get(prompt, {}).values():
+            row.parked = False
 
     def finish(self, row: Row) -> None:
         """The row is done, or nobody wants it any more."""
@@ -230,5 +237,7 @@ class Rows:
         and their pages stay theirs alone."""
         self.pages.forget()
         self._leaders.clear()
+        for prompt in self._parked:
+            self._let_lead(prompt)
         for row in self.running:
             row.private = True

@@ -1,11 +1,12 @@
 """The cache's books: pages, who uses them, what is in them, and what happens when things go wrong."""
 
+import math
 import random
 
 import pytest
 import torch
 
-from model.engine import reading
+from model.engine import draft, reading
 from model.engine.engine import Engine
 from model.engine.errors import RequestError
 from model.engine.pages import PAGE
@@ -275,3 +276,64 @@ def test_prompts_of_other_types_are_taken_or_refused_at_once(prompt):
 def test_options_below_zero_are_named(field):
     with pytest.raises(RequestError, match=f"{field} is -1"):
         Engine(tiny(), [], **{field: -1})
+
+
+def group(count: int = 12) -> list[Request]:
+    return ask([tuple(range(1, 61)) * 2] * count, max_tokens=4)
+
+
+@pytest.mark.parametrize("how", ["cancel", "refresh", "give way"])
+def test_a_group_whose_leader_goes_away_still_reads_its_prompt_once(how):
+    engine = Engine(tiny(rope_factor=16.0), [], chunk=16)
+    first, *_ = [engine.submit(request) for request in group()]
+    engine.step()
+    if how == "cancel":
+        engine.cancel(first)
+    elif how == "refresh":
+        engine.refresh()
+    else:
+        row = engine._live[first]
+        engine._rows._drop(row)
+        engine._rows._first(row)
+    while engine.busy:
+        engine.step()
+        check(engine)
+    # Twice: what was lost with the first reading is read again, and each row reads its last token.
+    assert 12 * 120 - engine._rows.reused < 2 * 120 + 2 * 12 * 4 + 60
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_a_group_of_answers_that_end_at_once_reads_its_prompt_once(drafts):
+    engine = Engine(tiny(rope_factor=16.0), [], drafts=drafts)
+    engine.generate(ask([tuple(range(1, 61)) * 2] * 12, max_tokens=1))
+    assert engine.figures.steps <= 3
+    # The second to last token is read again with drafts, for its state.
+    assert engine.figures.reused_tokens >= 11 * (112 - drafts)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_what_is_not_finite_behind_an_accepted_draft_is_no_answer(drafts, monkeypatch):
+    model = tiny()
+    sound = Engine(model, []).generate(ask([(3, 7, 9)], max_tokens=15, temperature=0.0))[0]
+    with torch.no_grad():
+        model.layers[-1].mlp.experts.down_proj[6] = float("nan")
+    engine = Engine(model, [], drafts=drafts)
+    real = draft.draft
+
+    def told(forward, rows, read, hidden, ended):
+        """Drafts that are right, so that they are accepted."""
+        real(forward, rows, read, hidden, ended)
+        for row, _, _ in read:
+            row.drafts = sound.tokens[row.made : row.made + drafts] if row.ticket not in ended else []
+
+    monkeypatch.setattr("model.engine.engine.draft", told)
+    engine.submit(ask([(3, 7, 9)], max_tokens=15, temperature=0.0)[0])
+    found = Completion()
+    while engine.busy:
+        for update in engine.step():
+            found.add(update)
+    assert found.finish == "failed"
+    assert 0 < len(found.tokens) < 15
+    assert found.tokens == sound.tokens[: len(found.tokens)]
+    assert all(math.isfinite(one) for one in found.log_probs)
+    assert drafts == 0 or engine.figures.accepted_tokens > 0

@@ -70,7 +70,7 @@ def gemm_triton(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.float
     grid = (-(-m // config.block_m) * -(-n // config.block_n),)
     with torch.cuda.device_of(a.codes):
         gemm_kernel[grid](
-            _whole_groups(a.codes), a.scales, _whole_groups(b.codes), b.scales, out, m, n, a.scales.shape[1],
+            whole_groups(a.codes), a.scales, whole_groups(b.codes), b.scales, out, m, n, a.scales.shape[1],
             B_TILES=b.block == TILES, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BAND=BAND,
             **config.options,
         )  # fmt: skip
@@ -96,13 +96,13 @@ def config_for(m: int, b_block: tuple[int, int]) -> Config:
     return LARGE if m > SMALL.block_m and b_block == BLOCKS else SMALL
 
 
-def _whole_groups(codes: torch.Tensor) -> torch.Tensor:
-    """The codes with zero columns added up to a multiple of 128.
+def whole_groups(codes: torch.Tensor) -> torch.Tensor:
+    """The codes [..., K] with zero columns added up to a multiple of 128.
 
     Masking K in the kernel instead gives up wide loads, since the rows of a ragged K start at odd addresses,
     and the compiled kernel then spills registers.
     """
-    missing = -codes.shape[1] % TILE
+    missing = -codes.shape[-1] % TILE
     if missing == 0:
         return codes
     return torch.nn.functional.pad(codes.view(torch.uint8), (0, missing)).view(codes.dtype)
@@ -122,6 +122,16 @@ def _check(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> None:
 
 
 @jit
+def output_tile(program, tiles_m, tiles_n, BAND: tl.constexpr):
+    """Row and column of the output tile of `program`: bands of BAND rows of tiles, each walked by columns."""
+    band = program // (BAND * tiles_n)
+    band_rows = min(tiles_m - band * BAND, BAND)
+    tile_m = band * BAND + (program % (BAND * tiles_n)) % band_rows
+    tile_n = (program % (BAND * tiles_n)) // band_rows
+    return tile_m, tile_n
+
+
+@jit
 def gemm_kernel(
     a, a_scales, b, b_scales, out, M, N, GROUPS,
     B_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr,
@@ -129,12 +139,7 @@ def gemm_kernel(
     """One program: one BLOCK_M x BLOCK_N tile of the output. K is 128 * GROUPS."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    # Walk the output in bands of BAND rows of tiles, each band column by column.
-    program = tl.program_id(0)
-    band = program // (BAND * tiles_n)
-    band_rows = min(tiles_m - band * BAND, BAND)
-    tile_m = band * BAND + (program % (BAND * tiles_n)) % band_rows
-    tile_n = (program % (BAND * tiles_n)) // band_rows
+    tile_m, tile_n = output_tile(tl.program_id(0), tiles_m, tiles_n, BAND)
 
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

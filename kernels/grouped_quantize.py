@@ -1,0 +1,161 @@
+"""Quantisation for GEMMs over tokens grouped by expert (kernels.grouped_gemm).
+
+Tokens are sorted by expert: those of expert e are rows offsets[e] to offsets[e + 1]. `offsets` (int32 or
+int64, [experts + 1], rising from 0) stays on the device: nothing here waits for its values. Rows past
+offsets[experts], the unused end of a buffer of fixed size, belong to no expert. The values of offsets are
+checked on a CPU only.
+
+Tiles along tokens. For wgrad both operands are quantised in tiles of 128 tokens. A tile must not span two
+experts, or the small gradients of one would take the scale of the other, and the tile would have to be masked
+inside the product. So the tiles of an expert start at its first token, and its last tile is filled up with
+zeros: `quantize_tokens` lays the experts out one after the other, each in whole groups of 128 columns. That
+costs at most 127 columns an expert, and makes every load of the GEMM aligned and free of masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.quantize import BLOCKS, TILE, Quantized, quantize_blocks, quantize_tiles
+
+
+@dataclass(frozen=True)
+class QuantizedExperts:
+    """The weights of all experts in FP8: E4M3 `codes` [experts, N, K], an FP32 scale for each 128x128 block.
+
+    `scales` is [experts, ceil(N / 128), ceil(K / 128)]: blocks start anew in every expert. Both tensors are
+    contiguous.
+
+    Raises:
+        ValueError, TypeError: the parts do not fit together.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != torch.float8_e4m3fn or self.scales.dtype != torch.float32:
+            raise TypeError(
+                f"QuantizedExperts: codes are {self.codes.dtype} and scales {self.scales.dtype}; "
+                "they must be torch.float8_e4m3fn and torch.float32"
+            )
+        if self.codes.dim() != 3 or self.codes.shape[0] == 0:
+            raise ValueError(
+                f"QuantizedExperts: codes have shape {tuple(self.codes.shape)}; "
+                "they must be [experts, N, K] with at least one expert"
+            )
+        experts, n, k = self.codes.shape
+        expected = (experts, -(-n // TILE), -(-k // TILE))
+        if tuple(self.scales.shape) != expected:
+            raise ValueError(
+                f"QuantizedExperts: scales have shape {tuple(self.scales.shape)}; "
+                f"codes {tuple(self.codes.shape)} in blocks of {BLOCKS} need {expected}"
+            )
+        if self.codes.device != self.scales.device:
+            raise ValueError(
+                f"QuantizedExperts: codes are on {self.codes.device}, scales on {self.scales.device}"
+            )
+        if not (self.codes.is_contiguous() and self.scales.is_contiguous()):
+            raise ValueError(
+                "QuantizedExperts: codes and scales must be contiguous; call .contiguous() on both"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weights, [experts, N, K]."""
+        return self.codes.shape
+
+    def expert(self, index: int) -> Quantized:
+        """The matrix [N, K] of one expert, sharing memory."""
+        return Quantized(self.codes[index], self.scales[index], BLOCKS)
+
+    def transpose(self) -> QuantizedExperts:
+        """Every expert transposed, [experts, K, N] (for dgrad): codes and scales moved, no value changed."""
+        return QuantizedExperts(self.codes.mT.contiguous(), self.scales.mT.contiguous())
+
+
+def quantize_experts(w: torch.Tensor, *, power_of_two: bool = False) -> QuantizedExperts:
+    """Quantise weights [experts, N, K] (FP32 or BF16, any strides) in 128x128 blocks that start anew in each.
+
+    One kernel does all experts if N is a multiple of 128, else one for each.
+
+    Raises:
+        TypeError, ValueError: `w` is not FP32 or BF16, or has not three dimensions.
+        RuntimeError: `w` is on a GPU without FP8 support.
+    """
+    if w.dim() != 3 or w.shape[0] == 0:
+        raise ValueError(
+            f"quantize_experts: the tensor has shape {tuple(w.shape)}; "
+            "pass [experts, N, K] with at least one expert"
+        )
+    experts, n, k = w.shape
+    if n % TILE == 0:
+        q = quantize_blocks(w.reshape(experts * n, k), power_of_two=power_of_two)
+        return QuantizedExperts(q.codes.view(w.shape), q.scales.view(experts, n // TILE, q.scales.shape[1]))
+    parts = [quantize_blocks(matrix, power_of_two=power_of_two) for matrix in w]
+    codes = torch.stack([part.codes.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+    return QuantizedExperts(codes, torch.stack([part.scales for part in parts]))
+
+
+def token_groups(tokens: int, experts: int) -> int:
+    """The most groups of 128, none shared by two experts, that this many tokens and experts can fill."""
+    return (tokens + (TILE - 1) * experts) // TILE
+
+
+def quantize_tokens(x: torch.Tensor, offsets: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
+    """Transpose x [tokens, channels] (FP32 or BF16) and quantise it along the tokens of each expert.
+
+    The result, [channels, 128 * token_groups(tokens, experts)] in 1x128 tiles, holds the experts one after
+    the other, each from the start of a tile; the end of its last tile, and all tiles after the last expert,
+    are zeros. Its width does not depend on the values of `offsets`.
+
+    Raises:
+        TypeError, ValueError: `x` is not an FP32 or BF16 matrix, or `offsets` does not fit it.
+        RuntimeError: `x` is on a GPU without FP8 support.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"quantize_tokens: x has shape {tuple(x.shape)}; pass a matrix [tokens, channels]")
+    check_offsets("quantize_tokens", offsets, x.shape[0], x.device)
+    row, valid = _token_rows(offsets, x.shape[0])
+    # Without any token there is still a tile or more of zeros, and a gather needs a row to read.
+    source = x if x.shape[0] > 0 else x.new_zeros(1, x.shape[1])
+    padded = source.index_select(0, row).masked_fill_(~valid[:, None], 0.0)
+    return quantize_tiles(padded.t(), power_of_two=power_of_two)
+
+
+def group_starts(offsets: torch.Tensor) -> torch.Tensor:
+    """The first group of 128 tokens of each expert, and the end of the last: int64, [experts + 1]."""
+    groups = (offsets.long().diff() + (TILE - 1)) // TILE
+    return torch.nn.functional.pad(groups.cumsum(0), (1, 0))
+
+
+def _token_rows(offsets: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each column of `quantize_tokens`, the token that it holds and whether it holds one."""
+    experts = offsets.numel() - 1
+    starts, offsets = group_starts(offsets), offsets.long()
+    group = torch.arange(token_groups(tokens, experts), device=offsets.device)
+    expert = torch.searchsorted(starts[1:], group, right=True).clamp_(max=experts - 1)
+    first = offsets[expert] + (group - starts[expert]) * TILE
+    row = first[:, None] + torch.arange(TILE, device=offsets.device)
+    valid = row < offsets[expert + 1][:, None]
+    return row.masked_fill_(~valid, 0).view(-1), valid.view(-1)
+
+
+def check_offsets(function: str, offsets: torch.Tensor, tokens: int, device: torch.device) -> None:
+    """Raise ValueError or TypeError, naming `function`, if `offsets` do not fit `tokens` rows on `device`."""
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{function}: offsets are {offsets.dtype}; use torch.int32 or torch.int64")
+    if offsets.dim() != 1 or offsets.numel() < 2 or not offsets.is_contiguous():
+        raise ValueError(
+            f"{function}: offsets have shape {tuple(offsets.shape)}; pass a contiguous vector [experts + 1]"
+        )
+    if offsets.device != device:
+        raise ValueError(f"{function}: offsets are on {offsets.device} and the tokens on {device}")
+    if offsets.device.type == "cpu":
+        values = offsets.tolist()
+        if values[0] != 0 or values[-1] > tokens or values != sorted(values):
+            raise ValueError(
+                f"{function}: offsets are {values}; they must rise from 0 to at most the {tokens} tokens"
+            )

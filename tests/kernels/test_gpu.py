@@ -1,9 +1,12 @@
 """The Triton kernels on a GPU against the references on the CPU: codes and scales bit for bit."""
 
+import itertools
+
 import pytest
 import torch
 
 from kernels.gemm import gemm
+from kernels.grouped_linear import fp8_grouped_linear
 from kernels.linear import fp8_linear
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
 from kernels.quantize import BLOCKS, TILES, dequantize, quantize_blocks, quantize_tiles
@@ -84,6 +87,35 @@ def test_linear_is_that_of_the_cpu(tokens) -> None:
     for found, expected in zip(*results, strict=True):
         assert found.shape == expected.shape
         assert relative_error(found.cpu(), expected) < MAX_ERROR_FP32
+
+
+@pytest.mark.parametrize("sizes", [[0, 1, 7, 129, 0, 128, 3, 0], [0, 0], [700, 40, 300]])
+@pytest.mark.parametrize("n_out", [200, 256])
+def test_grouped_linear_is_that_of_the_cpu(n_out, sizes) -> None:
+    generator = torch.Generator().manual_seed(4)
+    tokens, offsets = sum(sizes) + 5, torch.tensor([0, *itertools.accumulate(sizes)])
+    x = torch.randn(tokens, 384, generator=generator)
+    weight = torch.randn(len(sizes), n_out, 384, generator=generator)
+    dy = torch.randn(tokens, n_out, generator=generator)
+    results = []
+    for device in ("cuda", "cpu"):
+        leaves = (x.to(device).requires_grad_(), weight.to(device).requires_grad_())
+        y = fp8_grouped_linear(*leaves, offsets.to(device))
+        results.append((y, *torch.autograd.grad(y, leaves, dy.to(device))))
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found.cpu(), expected) < MAX_ERROR_FP32
+
+
+def test_grouped_linear_never_waits_for_the_gpu() -> None:
+    x = torch.randn(200, 256, device="cuda", requires_grad=True)
+    weight = torch.randn(3, 200, 256, device="cuda", requires_grad=True)
+    offsets, dy = torch.tensor([0, 30, 30, 190], device="cuda"), torch.randn(200, 200, device="cuda")
+    for mode in ("default", "error"):  # the first pass compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            fp8_grouped_linear(x, weight, offsets).backward(dy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_tensors_on_another_device_than_the_current_one() -> None:

@@ -11,6 +11,12 @@ from unittest import mock
 import torch
 
 from kernels import grouped_gemm
+from kernels.e5m6 import (
+    dequantize_e5m6_reference,
+    dequantize_e5m6_triton,
+    quantize_e5m6_reference,
+    quantize_e5m6_triton,
+)
 from kernels.gemm import gemm_reference, gemm_triton
 from kernels.grouped_gemm import grouped_gemm_k_reference, grouped_gemm_k_triton, grouped_gemm_reference
 from kernels.grouped_quantize import QuantizedExperts, token_groups
@@ -163,6 +169,29 @@ def check_grouped_gemm_k(generator: torch.Generator) -> None:
                 assert error < 1e-6, (sizes, n, k, expert, error)
 
 
+def check_e5m6(generator: torch.Generator) -> None:
+    for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
+        sizes = 10.0 ** torch.randint(-9, 1, shape, generator=generator)
+        x = torch.randn(shape, generator=generator) * sizes
+        x[x.abs() < 1e-8] = -0.0
+        # The interpreter misreads subnormal BF16 numbers.
+        spoiled, tiny = x.clone(), x * (2.0**-130 if dtype == torch.float32 else 2.0**-60)
+        spoiled[-1, -1] = torch.nan
+        huge = torch.full(shape, 1.5 * 2.0**127)
+        for source in (x, x.t().contiguous().t(), spoiled, tiny, huge, torch.zeros(shape)):
+            source = source.to(dtype)
+            found, expected = quantize_e5m6_triton(source), quantize_e5m6_reference(source)
+            assert torch.equal(found.packed, expected.packed), (shape, dtype)
+            assert torch.equal(found.scales.view(torch.int32), expected.scales.view(torch.int32))
+            found_values = dequantize_e5m6_triton(found, dtype)
+            expected_values = dequantize_e5m6_reference(found, dtype)
+            assert torch.equal(found_values.isnan(), expected_values.isnan()), (shape, dtype)
+            found_values, expected_values = found_values.nan_to_num(7.0), expected_values.nan_to_num(7.0)
+            assert torch.equal(
+                found_values.float().view(torch.int32), expected_values.float().view(torch.int32)
+            )
+
+
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
     check_scales(generator)
@@ -172,6 +201,7 @@ def main() -> None:
     check_gemm(generator)
     check_grouped_gemm(generator)
     check_grouped_gemm_k(generator)
+    check_e5m6(generator)
     print("interpreted kernels agree")
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from kernels.e5m6 import dequantize_e5m6, quantize_e5m6
 from kernels.gemm import gemm
 from kernels.grouped_linear import fp8_grouped_linear
 from kernels.linear import fp8_linear
@@ -123,3 +124,18 @@ def test_tensors_on_another_device_than_the_current_one() -> None:
         pytest.skip("needs two CUDA devices")
     x = torch.randn(64, 256, device="cuda:1")
     assert relative_error(dequantize(quantize_tiles(x)), x) < 0.04
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 129), (300, 1000), (1024, 2048)])
+def test_e5m6_is_that_of_the_reference(shape, dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-9, 1, shape, generator=generator)
+    x[0, :128], x[-1, -1] = 0, float("nan")
+    for source in (x.to(dtype), x.to(dtype).t(), x.to(dtype) * 2.0**-120):
+        found, expected = quantize_e5m6(source.cuda()), quantize_e5m6(source)
+        assert torch.equal(found.packed.cpu(), expected.packed)
+        assert torch.equal(found.scales.cpu().nan_to_num(), expected.scales.nan_to_num())
+        found_values, values = dequantize_e5m6(found, dtype).cpu(), dequantize_e5m6(expected, dtype)
+        assert torch.equal(found_values.isnan(), values.isnan())
+        assert torch.equal(found_values.nan_to_num(), values.nan_to_num())

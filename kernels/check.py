@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels import e5m6, gemm, grouped_gemm, quantize
+from kernels import e5m6, gemm, grouped_gemm, permute, quantize
 from kernels.backend import triton
 from kernels.figures import Row, at_least, at_most, show, write
 
@@ -123,6 +123,7 @@ def cases() -> Iterator[Case]:
         )
     yield from _grouped_cases(operands)
     yield from _e5m6_cases()
+    yield from _permute_cases()
 
 
 def _grouped_cases(operands: dict[str, str]) -> Iterator[Case]:
@@ -182,6 +183,40 @@ def _e5m6_cases() -> Iterator[Case]:
             constants={"ROWS": e5m6.ROWS},
             aligned=("packed", "scales", "out", *aligned[:2]),
             options=e5m6.OPTIONS,
+        )
+
+
+def _permute_cases() -> Iterator[Case]:
+    hidden = {"hidden": "i32"}
+    for slots, dtype, aligned in ((8, "bf16", ("hidden",)), (8, "fp32", ("hidden",)), (1, "bf16", ())):
+        name = f"{dtype}, {slots} slots" + ("" if aligned else ", ragged")
+        for weighted, weights in ((True, "fp32"), (True, "bf16"), (False, "i64")):
+            variant = f"{name}, weights {weights}" if weighted else name
+            types = {"weights": f"*{weights}", "out": f"*{dtype}", **hidden}
+            constants = {"K": slots, "WEIGHTED": weighted, "BLOCK": permute.BLOCK}
+            yield Case(
+                name=f"gather {variant}",
+                kernel=permute.gather_kernel,
+                types={"x": f"*{dtype}", "pair": "*i64", **types},
+                constants=constants,
+                aligned=("x", "pair", "weights", "out", *aligned),
+                options=permute.OPTIONS,
+            )
+            yield Case(
+                name=f"combine {variant}",
+                kernel=permute.combine_kernel,
+                types={"y": f"*{dtype}", "place": "*i64", **types},
+                constants=constants,
+                aligned=("y", "place", "weights", "out", *aligned),
+                options=permute.OPTIONS,
+            )
+        yield Case(
+            name=f"weight_gradient {name}",
+            kernel=permute.weight_gradient_kernel,
+            types={"y": f"*{dtype}", "grad": f"*{dtype}", "place": "*i64", "out": "*fp32", **hidden},
+            constants={"K": slots, "BLOCK": permute.BLOCK},
+            aligned=("y", "grad", "place", "out", *aligned),
+            options=permute.OPTIONS,
         )
 
 

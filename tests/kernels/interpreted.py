@@ -21,6 +21,15 @@ from kernels.gemm import gemm_reference, gemm_triton
 from kernels.grouped_gemm import grouped_gemm_k_reference, grouped_gemm_k_triton, grouped_gemm_reference
 from kernels.grouped_quantize import QuantizedExperts, token_groups
 from kernels.metrics import relative_error
+from kernels.permute import (
+    combine_reference,
+    combine_triton,
+    gather_reference,
+    gather_triton,
+    plan_rows,
+    weight_gradient_reference,
+    weight_gradient_triton,
+)
 from kernels.quantize import (
     BLOCKS,
     TILES,
@@ -192,6 +201,24 @@ def check_e5m6(generator: torch.Generator) -> None:
             )
 
 
+def check_permute(generator: torch.Generator) -> None:
+    for (tokens, hidden), slots, dtype in itertools.product(
+        ((0, 3), (3, 0), (1, 1), (9, 1500)), (1, 8), (torch.float32, torch.bfloat16)
+    ):
+        plan = plan_rows(torch.randint(5, (tokens, slots), generator=generator), 6)
+        x = torch.randn(hidden, tokens, generator=generator).t()
+        y = torch.randn(tokens * slots, hidden, generator=generator)
+        factors = torch.randn(slots, tokens, generator=generator).t()
+        if dtype == torch.bfloat16:
+            # The interpreter truncates to BF16, so results must be numbers that need no rounding.
+            x, y, factors = (values.round().to(dtype) for values in (x, y, factors))
+        for weights in (None, factors):
+            assert torch.equal(gather_triton(x, plan, weights), gather_reference(x, plan, weights))
+            assert torch.equal(combine_triton(y, plan, weights), combine_reference(y, plan, weights))
+        found, expected = weight_gradient_triton(y, x, plan), weight_gradient_reference(y, x, plan)
+        assert relative_error(found, expected) < 1e-6, (tokens, hidden, slots, dtype)
+
+
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
     check_scales(generator)
@@ -202,6 +229,7 @@ def main() -> None:
     check_grouped_gemm(generator)
     check_grouped_gemm_k(generator)
     check_e5m6(generator)
+    check_permute(generator)
     print("interpreted kernels agree")
 
 

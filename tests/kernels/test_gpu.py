@@ -10,6 +10,7 @@ from kernels.gemm import gemm
 from kernels.grouped_linear import fp8_grouped_linear
 from kernels.linear import fp8_linear
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
+from kernels.permute import permute, unpermute
 from kernels.quantize import BLOCKS, TILES, dequantize, quantize_blocks, quantize_tiles
 
 
@@ -139,3 +140,22 @@ def test_e5m6_is_that_of_the_reference(shape, dtype) -> None:
         found_values, values = dequantize_e5m6(found, dtype).cpu(), dequantize_e5m6(expected, dtype)
         assert torch.equal(found_values.isnan(), values.isnan())
         assert torch.equal(found_values.nan_to_num(), values.nan_to_num())
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "hidden"), [(0, 64), (1, 1), (37, 1500), (500, 7168)])
+def test_permute_is_that_of_the_cpu(tokens, hidden, dtype, slots) -> None:
+    generator = torch.Generator().manual_seed(5)
+    experts = torch.randint(60, (tokens, slots), generator=generator)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    weights = torch.rand(tokens, slots, generator=generator)
+    results = []
+    for device in ("cuda", "cpu"):
+        leaves = (x.to(device).requires_grad_(), weights.to(device).requires_grad_())
+        rows, plan = permute(leaves[0], experts.to(device), 64)
+        out = unpermute(rows, plan, leaves[1])
+        results.append((plan.offsets, rows, out, *torch.autograd.grad(out, leaves, x.to(device))))
+    for found, expected in zip(results[0][:-1], results[1][:-1], strict=True):
+        assert torch.equal(found.cpu(), expected)
+    assert relative_error(results[0][-1].cpu(), results[1][-1]) < 1e-5

@@ -4,8 +4,9 @@
 
 Each kernel is compiled as its public function launches it. It must keep within the shared memory of one
 thread block, spill no register and round every operation as IEEE 754 says (no approximate division, no
-flushing of subnormals), and a GEMM must sum each group of 128 on the FP8 tensor cores (four instructions of
-32). This shows how the kernels compile, not that they are right: that takes their references, and a GPU.
+flushing of subnormals; only the cross-entropy takes the hardware's exp and log), and a GEMM must sum each
+group of 128 on the FP8 tensor cores (four instructions of 32). This shows how the kernels compile, not that
+they are right: that takes their references, and a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels import e5m6, gemm, grouped_gemm, permute, quantize
+from kernels import cross_entropy, e5m6, gemm, grouped_gemm, permute, quantize
 from kernels.backend import triton
 from kernels.figures import Row, at_least, at_most, show, write
 
@@ -33,7 +34,8 @@ class Case:
     """One specialisation of a kernel: what Triton's launcher would compile for such arguments.
 
     `types` gives every argument in order; "1" is an integer known to be 1 (a unit stride). Arguments of
-    `aligned` are known to be multiples of 16, as the launcher finds them for usual sizes.
+    `aligned` are known to be multiples of 16, as the launcher finds them for usual sizes. A kernel that
+    is not `exact` uses the hardware's exp and log, which are approximate.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Case:
     aligned: tuple[str, ...]
     options: dict[str, Any]
     tensor_core: bool = False
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class Compiled:
         rows = [
             at_most(f"{name}: shared memory", "B", self.shared, SHARED_LIMIT),
             at_most(f"{name}: stack and spills", "", self.stack + self.spills, 0),
-            at_most(f"{name}: approximate arithmetic", "", self.approximate, 0),
+            at_most(f"{name}: approximate arithmetic", "", self.approximate, 0)
+            if self.case.exact
+            else Row(f"{name}: approximate arithmetic", "", self.approximate),
             Row(f"{name}: registers a thread", "", self.registers),
         ]
         if self.case.tensor_core:
@@ -124,6 +129,7 @@ def cases() -> Iterator[Case]:
     yield from _grouped_cases(operands)
     yield from _e5m6_cases()
     yield from _permute_cases()
+    yield from _cross_entropy_cases()
 
 
 def _grouped_cases(operands: dict[str, str]) -> Iterator[Case]:
@@ -217,6 +223,30 @@ def _permute_cases() -> Iterator[Case]:
             constants={"K": slots, "BLOCK": permute.BLOCK},
             aligned=("y", "grad", "place", "out", *aligned),
             options=permute.OPTIONS,
+        )
+
+
+def _cross_entropy_cases() -> Iterator[Case]:
+    for dtype, gradient, aligned in (
+        ("bf16", True, ("vocabulary",)),
+        ("bf16", False, ("vocabulary",)),
+        ("fp32", True, ("vocabulary",)),
+        ("fp32", True, ()),
+    ):
+        yield Case(
+            name=f"cross_entropy {dtype}{', gradient' * gradient}{'' if aligned else ', ragged'}",
+            kernel=cross_entropy.softmax_kernel,
+            types={
+                "logits": f"*{dtype}",
+                "targets": "*i64",
+                "losses": "*fp32",
+                "vocabulary": "i32",
+                "z_loss": "fp32",
+            },
+            constants={"GRADIENT": gradient, "BLOCK": cross_entropy.BLOCK},
+            aligned=("logits", "targets", "losses", *aligned),
+            options=cross_entropy.OPTIONS,
+            exact=False,
         )
 
 

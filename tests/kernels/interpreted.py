@@ -8,9 +8,11 @@ care.
 import itertools
 from unittest import mock
 
+import numpy as np
 import torch
 
 from kernels import grouped_gemm
+from kernels.cross_entropy import softmax_reference, softmax_triton
 from kernels.e5m6 import (
     dequantize_e5m6_reference,
     dequantize_e5m6_triton,
@@ -219,6 +221,48 @@ def check_permute(generator: torch.Generator) -> None:
         assert relative_error(found, expected) < 1e-6, (tokens, hidden, slots, dtype)
 
 
+def check_e5m6_codes() -> None:
+    """Every finite code, every midpoint and the numbers beside it."""
+    values = (torch.arange(0x7C0) << 4).to(torch.int16).view(torch.float16).float()
+    middle = (values[1:] + values[:-1]) / 2
+    sides = [torch.nextafter(middle, torch.tensor(side)) for side in (0.0, 1e9)]
+    every = torch.cat([values, middle, *sides])
+    x = torch.full((2 * len(every), 2), 65024.0)  # makes the scale 1
+    x[:, 1] = torch.cat([every, -every])
+    found = quantize_e5m6_triton(x)
+    assert torch.equal(found.packed, quantize_e5m6_reference(x).packed)
+    assert torch.equal(dequantize_e5m6_triton(found), dequantize_e5m6_reference(found))
+
+
+def check_cross_entropy(generator: torch.Generator) -> None:
+    # 9000 columns are three steps of a program. The interpreter truncates to BF16: up to 2**-7 off.
+    for (rows, vocabulary), (dtype, limit), z_loss in itertools.product(
+        ((0, 3), (1, 1), (5, 4096), (4, 9000)), ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)), (0.0, 0.1)
+    ):
+        logits = (torch.randn(rows, vocabulary, generator=generator) * 20).to(dtype)
+        logits[:1, : vocabulary - 1] = -torch.inf  # the first steps of the first row meet nothing else
+        targets = torch.randint(vocabulary, (rows,), generator=generator)
+        targets[:1] = vocabulary - 1
+        found, expected = logits.clone(), logits.clone()
+        assert torch.equal(
+            softmax_triton(found, targets, z_loss, gradient=False),
+            softmax_triton(logits.clone(), targets, z_loss, gradient=True),
+        )
+        assert torch.equal(found, logits)
+        losses = softmax_triton(found, targets, z_loss, gradient=True)
+        expected_losses = softmax_reference(expected, targets, z_loss, gradient=True)
+        assert (losses - expected_losses).abs().le(1e-5 * expected_losses.abs().clamp(min=1)).all()
+        assert (
+            (found.float() - expected.float()).abs().le(limit * expected.float().abs().clamp(min=1e-3)).all()
+        )
+    for bad, target in ((torch.nan, 0), (torch.inf, 0), (0.0, 5), (0.0, -1), (0.0, 4500)):
+        logits = torch.zeros(2, 5)
+        logits[1, 3] = bad
+        with np.errstate(invalid="ignore"):  # infinity minus infinity is meant
+            losses = softmax_triton(logits, torch.tensor([1, target]), gradient=True)
+        assert losses.isnan().tolist() == [False, True], (bad, target)
+
+
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
     check_scales(generator)
@@ -230,6 +274,8 @@ def main() -> None:
     check_grouped_gemm_k(generator)
     check_e5m6(generator)
     check_permute(generator)
+    check_e5m6_codes()
+    check_cross_entropy(generator)
     print("interpreted kernels agree")
 
 

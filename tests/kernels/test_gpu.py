@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from kernels.cross_entropy import linear_cross_entropy
 from kernels.e5m6 import dequantize_e5m6, quantize_e5m6
 from kernels.gemm import gemm
 from kernels.grouped_linear import fp8_grouped_linear
@@ -159,3 +160,44 @@ def test_permute_is_that_of_the_cpu(tokens, hidden, dtype, slots) -> None:
     for found, expected in zip(results[0][:-1], results[1][:-1], strict=True):
         assert torch.equal(found.cpu(), expected)
     assert relative_error(results[0][-1].cpu(), results[1][-1]) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(("positions", "vocabulary"), [(0, 10), (1, 1), (600, 4097), (530, 129280)])
+def test_cross_entropy_is_that_of_the_cpu(positions, vocabulary, dtype, limit) -> None:
+    generator = torch.Generator().manual_seed(6)
+    states = torch.randn(positions, 64, generator=generator).to(dtype)
+    head = torch.randn(vocabulary, 64, generator=generator).to(dtype)
+    targets = torch.randint(vocabulary, (positions,), generator=generator)
+    results = []
+    for device in ("cuda", "cpu"):
+        leaves = (states.to(device).requires_grad_(), head.to(device).requires_grad_())
+        loss = linear_cross_entropy(*leaves, targets.to(device), 1e-4)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for found, expected in zip(*results, strict=True):
+        assert (found.cpu() - expected).norm() <= limit * expected.norm() + 1e-4
+
+
+def test_a_target_outside_the_vocabulary_surfaces() -> None:
+    states, head = torch.randn(3, 8, device="cuda"), torch.randn(9, 8, device="cuda")
+    for target in (-1, 9):
+        assert linear_cross_entropy(states, head, torch.tensor([0, target, 1], device="cuda")).isnan()
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_permute_and_cross_entropy_never_wait_for_the_device() -> None:
+    x, weights = torch.randn(9, 64, device="cuda"), torch.rand(9, 2, device="cuda")
+    experts = torch.randint(5, (9, 2), device="cuda")
+    head, targets = torch.randn(30, 64, device="cuda"), torch.randint(30, (9,), device="cuda")
+    leaves = [leaf.requires_grad_() for leaf in (x, weights, head)]
+
+    def step() -> None:
+        rows, plan = permute(x, experts, 5)
+        linear_cross_entropy(unpermute(rows, plan, weights), head, targets).backward(inputs=leaves)
+
+    step()  # compiling may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,241 @@
+"""RMSNorm fused with FP8 quantisation, and its backward pass (DeepSeek-V3 report, sections 3.2.3 and 3.3).
+
+    inverse = 1 / sqrt(mean(x**2) + eps)      of each row
+    out     = x * inverse * weight            straight into 1x128 FP8 tiles, the operand of the next GEMM
+
+The backward pass recomputes the normalised row from x and `inverse`; the output is kept nowhere.
+
+All arithmetic is FP32, one correctly rounded operation a step, the sum over a row in the order that
+`exact.py` gives. Reference and kernel agree bit for bit in codes, scales, `inverse` and dx. Only `dweight`, a
+sum over rows, is added in another order by the kernel and agrees to FP32 rounding.
+
+The edges are those of `quantize.py`, with one more. A row whose sum of squares is not finite in FP32 (it
+holds a NaN, an infinity or values beyond about 1e19) has inverse NaN and is NaN as a whole: the inverse of
+infinity would turn the rest of the row to zeros, unnoticed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kernels.backend import jit, runs_triton, tl
+from kernels.exact import kernel_lane_sum, row_sums
+from kernels.quantize import (
+    TILE,
+    TILES,
+    Quantized,
+    _empty,
+    _kernel_encode,
+    _kernel_scale,
+    _magnitude_bits,
+    quantize_reference,
+)
+
+SLAB = 256  # rows that one program of the weight's gradient sums
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def rmsnorm_quantize(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, power_of_two: bool = False
+) -> tuple[Quantized, torch.Tensor]:
+    """RMSNorm of the rows of `x` in 1x128 tiles [rows, cols], and the inverse RMS of each row [rows] in FP32.
+
+    `x` is [rows, cols] with any strides, `weight` [cols], each FP32 or BF16. Any width will do. `eps` is
+    positive.
+
+    Raises:
+        TypeError, ValueError: types, shapes, devices or `eps` do not fit.
+        RuntimeError: the tensors are on a GPU without FP8 support.
+    """
+    _check("rmsnorm_quantize", x, weight)
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"rmsnorm_quantize: eps is {eps}; it must be positive and finite")
+    function = rmsnorm_quantize_triton if runs_triton(x) else rmsnorm_quantize_reference
+    return function(x, weight, eps, power_of_two=power_of_two)
+
+
+def rmsnorm_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x * inverse * weight, given `dy` [rows, cols], the gradient of that product.
+
+    `x`, `weight` and `inverse` are those of `rmsnorm_quantize`; `dy` is FP32 or BF16 with any strides. The
+    gradient of `x` has the type of `dy`, that of the weight [cols] its own. Quantisation counts as the
+    identity: the gradients are those of the product before it.
+
+    Raises:
+        TypeError, ValueError: types, shapes or devices do not fit.
+        RuntimeError: the tensors are on a GPU without FP8 support.
+    """
+    _check("rmsnorm_backward", x, weight)
+    if dy.shape != x.shape:
+        raise ValueError(
+            f"rmsnorm_backward: dy has shape {tuple(dy.shape)} and x {tuple(x.shape)}; they must be equal"
+        )
+    _check_values("rmsnorm_backward", "dy", dy, x)
+    if tuple(inverse.shape) != (x.shape[0],) or inverse.dtype != torch.float32:
+        raise ValueError(
+            f"rmsnorm_backward: inverse is {inverse.dtype} {tuple(inverse.shape)}; "
+            f"x {tuple(x.shape)} needs torch.float32 {(x.shape[0],)}"
+        )
+    _check_values("rmsnorm_backward", "inverse", inverse, x)
+    function = rmsnorm_backward_triton if runs_triton(x) else rmsnorm_backward_reference
+    return function(dy, x, weight, inverse)
+
+
+def rmsnorm_quantize_reference(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, power_of_two: bool = False
+) -> tuple[Quantized, torch.Tensor]:
+    """The PyTorch reference: the kernel must agree with it bit for bit."""
+    values = x.float()
+    total = row_sums(values * values)
+    # A tensor as divisor: on a GPU, torch divides by a Python number with its reciprocal.
+    inverse = (total / torch.full_like(total, max(x.shape[1], 1))).add_(eps).sqrt_().reciprocal_()
+    inverse = torch.where(total < torch.inf, inverse, torch.nan)
+    product = (values * inverse[:, None]).mul_(weight.float())
+    return quantize_reference(product, TILES, power_of_two=power_of_two), inverse
+
+
+def rmsnorm_backward_reference(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The PyTorch reference: the kernel must agree with its dx bit for bit, and with its dweight closely."""
+    grad = dy.float()
+    normed = x.float() * inverse[:, None]
+    d_weight = (grad * normed).sum(dim=0).to(weight.dtype)
+    grad = grad * weight.float()
+    total = row_sums(grad * normed)
+    mean = total / torch.full_like(total, max(x.shape[1], 1))
+    dx = grad.sub_(normed.mul_(mean[:, None])).mul_(inverse[:, None])
+    return dx.to(dy.dtype), d_weight
+
+
+def rmsnorm_quantize_triton(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, power_of_two: bool = False
+) -> tuple[Quantized, torch.Tensor]:
+    """The Triton kernel: what `rmsnorm_quantize` runs on a GPU."""
+    codes, scales = _empty(x, TILES)
+    rows, cols = x.shape
+    inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows > 0:
+        with torch.cuda.device_of(x):
+            quantize_kernel[(rows,)](
+                x, weight.contiguous(), codes, scales, inverse, cols, float(eps), x.stride(0), x.stride(1),
+                POWER_OF_TWO=power_of_two, **OPTIONS,
+            )  # fmt: skip
+    return Quantized(codes, scales, TILES), inverse
+
+
+def rmsnorm_backward_triton(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Triton kernels: what `rmsnorm_backward` runs on a GPU."""
+    rows, cols = x.shape
+    dx = torch.empty(x.shape, dtype=dy.dtype, device=x.device)
+    partial = torch.empty((-(-rows // SLAB), cols), dtype=torch.float32, device=x.device)
+    strides = (dy.stride(0), dy.stride(1), x.stride(0), x.stride(1))
+    inverse = inverse.contiguous()
+    if x.numel() > 0:
+        with torch.cuda.device_of(x):
+            dx_kernel[(rows,)](dy, x, weight.contiguous(), inverse, dx, cols, *strides, **OPTIONS)
+            # Row slabs lie on the first axis of the grid: the others end at 65535.
+            dweight_kernel[(partial.shape[0], -(-cols // TILE))](
+                dy, x, inverse, partial, rows, cols, *strides, SLAB=SLAB, **OPTIONS
+            )
+    return dx, partial.sum(dim=0).to(weight.dtype)
+
+
+def _check(function: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{function}: x has shape {tuple(x.shape)}; pass a matrix [rows, cols]")
+    _check_values(function, "x", x, x)
+    if tuple(weight.shape) != (x.shape[1],):
+        raise ValueError(
+            f"{function}: weight has shape {tuple(weight.shape)}; x {tuple(x.shape)} needs {(x.shape[1],)}"
+        )
+    _check_values(function, "weight", weight, x)
+
+
+def _check_values(function: str, name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    if value.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"{function}: {name} is {value.dtype}; pass torch.float32 or torch.bfloat16")
+    if value.device != x.device:
+        raise ValueError(f"{function}: {name} is on {value.device} and x on {x.device}; move one of them")
+
+
+@jit
+def quantize_kernel(
+    x, weight, codes, scales, inverse, cols, eps, stride_row, stride_col, POWER_OF_TWO: tl.constexpr
+):
+    """One program: one row, eight tiles at a time, read twice (the second time from the cache)."""
+    row = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(cols, 128)
+    lanes = tl.zeros((8, 128), dtype=tl.float32)
+    for first in range(0, tiles, 8):
+        values = _load(x + row * stride_row, first, cols, stride_col)
+        lanes += values * values
+    total = kernel_lane_sum(lanes)
+    mean = tl.div_rn(total, tl.maximum(cols, 1).to(tl.float32))
+    inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    inverse_rms = tl.where(total < float("inf"), inverse_rms, float("nan"))
+    tl.store(inverse + row, inverse_rms)
+    for first in range(0, tiles, 8):
+        tile = first + tl.arange(0, 8)
+        col = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
+        values = _load(x + row * stride_row, first, cols, stride_col)
+        product = values * inverse_rms * _load(weight, first, cols, 1)
+        # Past the last column zero times NaN is NaN, but a NaN there changes no tile: the row is all NaN.
+        scale = _kernel_scale(tl.max(_magnitude_bits(product), axis=1), POWER_OF_TWO)
+        tl.store(codes + row * cols + col, _kernel_encode(product, scale[:, None]), mask=col < cols)
+        tl.store(scales + row * tiles + tile, scale, mask=tile < tiles)
+
+
+@jit
+def dx_kernel(
+    dy, x, weight, inverse, dx, cols, dy_stride_row, dy_stride_col, stride_row, stride_col
+):  # fmt: skip
+    """One program: the gradient of one row, eight tiles at a time, read twice."""
+    row = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(cols, 128)
+    inverse_rms = tl.load(inverse + row)
+    lanes = tl.zeros((8, 128), dtype=tl.float32)
+    for first in range(0, tiles, 8):
+        grad = _load(dy + row * dy_stride_row, first, cols, dy_stride_col) * _load(weight, first, cols, 1)
+        lanes += grad * (_load(x + row * stride_row, first, cols, stride_col) * inverse_rms)
+    mean = tl.div_rn(kernel_lane_sum(lanes), tl.maximum(cols, 1).to(tl.float32))
+    for first in range(0, tiles, 8):
+        col = (first + tl.arange(0, 8))[:, None] * 128 + tl.arange(0, 128)[None, :]
+        grad = _load(dy + row * dy_stride_row, first, cols, dy_stride_col) * _load(weight, first, cols, 1)
+        normed = _load(x + row * stride_row, first, cols, stride_col) * inverse_rms
+        value = (grad - normed * mean) * inverse_rms
+        tl.store(dx + row * cols + col, value.to(dx.dtype.element_ty), mask=col < cols)
+
+
+@jit
+def dweight_kernel(
+    dy, x, inverse, partial, rows, cols, dy_stride_row, dy_stride_col, stride_row, stride_col,
+    SLAB: tl.constexpr,
+):  # fmt: skip
+    """One program: 128 columns summed over SLAB rows, 16 at a time."""
+    slab = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * 128 + tl.arange(0, 128)
+    dy_at = dy + col.to(tl.int64)[None, :] * dy_stride_col
+    x_at = x + col.to(tl.int64)[None, :] * stride_col
+    lanes = tl.zeros((16, 128), dtype=tl.float32)
+    for first in range(0, SLAB, 16):
+        row = slab * SLAB + first + tl.arange(0, 16)
+        inside = (row < rows)[:, None] & (col < cols)[None, :]
+        inverse_rms = tl.load(inverse + row, mask=row < rows, other=0.0)
+        grad = tl.load(dy_at + row[:, None] * dy_stride_row, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x_at + row[:, None] * stride_row, mask=inside, other=0.0).to(tl.float32)
+        lanes += grad * (values * inverse_rms[:, None])
+    tl.store(partial + slab * cols + col, tl.sum(lanes, axis=0), mask=col < cols)
+
+
+@jit
+def _load(source, first, cols, stride_col):
+    """FP32 values [8, 128] of a row from tile `first` on, zero past the last column."""
+    col = (first + tl.arange(0, 8))[:, None] * 128 + tl.arange(0, 128)[None, :]
+    return tl.load(source + col.to(tl.int64) * stride_col, mask=col < cols, other=0.0).to(tl.float32)

@@ -11,8 +11,10 @@ from kernels.gemm import gemm
 from kernels.grouped_linear import fp8_grouped_linear
 from kernels.linear import fp8_linear
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
+from kernels.norm import rmsnorm_backward, rmsnorm_quantize
 from kernels.permute import permute, unpermute
-from kernels.quantize import BLOCKS, TILES, dequantize, quantize_blocks, quantize_tiles
+from kernels.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
+from kernels.swiglu import swiglu_backward, swiglu_quantize
 
 
 def _why_not() -> str:
@@ -201,3 +203,58 @@ def test_permute_and_cross_entropy_never_wait_for_the_device() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def _equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal, NaN in the same places."""
+    found = found.cpu()
+    return torch.equal(found.isnan(), expected.isnan()) and torch.equal(
+        found.nan_to_num(), expected.nan_to_num()
+    )
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 128, 200, 2048, 5001])
+def test_swiglu_is_that_of_the_cpu(width, dtype, cached, power_of_two) -> None:
+    generator = torch.Generator().manual_seed(4)
+    both = (torch.randn(37, 2 * width, generator=generator) * 20).to(dtype)
+    both[5, 0], both[6, -1], both[7, 0] = torch.nan, torch.inf, -torch.inf
+    weights, dy = torch.rand(37, generator=generator), torch.randn(37, width, generator=generator).to(dtype)
+    source = quantize_tiles(both) if cached else both
+    on_gpu = Quantized(source.codes.cuda(), source.scales.cuda(), TILES) if cached else both.cuda()
+    for weight in (None, weights):
+        gpu_weight = None if weight is None else weight.cuda()
+        found = swiglu_quantize(on_gpu, gpu_weight, power_of_two=power_of_two)
+        expected = swiglu_quantize(source, weight, power_of_two=power_of_two)
+        assert _equal(found.scales, expected.scales)
+        assert torch.equal(found.codes.cpu().view(torch.uint8), expected.codes.view(torch.uint8))
+        d_both, d_weights = swiglu_backward(dy.cuda(), on_gpu, gpu_weight)
+        expected_both, expected_weights = swiglu_backward(dy, source, weight)
+        assert _equal(d_both, expected_both)
+        assert weight is None or _equal(d_weights, expected_weights)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cols", [1, 128, 576, 1100, 7168])
+def test_rmsnorm_is_that_of_the_cpu(cols, dtype, power_of_two) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, dy = (torch.randn(600, cols, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(cols, generator=generator).to(dtype)
+    for spoiled in (False, True):
+        if spoiled:
+            x[5, 0], x[6, -1] = torch.nan, torch.inf
+        found, inverse = rmsnorm_quantize(x.cuda(), weight.cuda(), 1e-6, power_of_two=power_of_two)
+        expected, expected_inverse = rmsnorm_quantize(x, weight, 1e-6, power_of_two=power_of_two)
+        assert _equal(inverse, expected_inverse)
+        assert _equal(found.scales, expected.scales)
+        assert torch.equal(found.codes.cpu().view(torch.uint8), expected.codes.view(torch.uint8))
+        dx, dweight = rmsnorm_backward(dy.cuda(), x.cuda(), weight.cuda(), inverse)
+        expected_dx, expected_dweight = rmsnorm_backward(dy, x, weight, expected_inverse)
+        assert _equal(dx, expected_dx)
+        if spoiled:
+            assert dweight.isnan().all()
+        else:
+            assert relative_error(dweight.cpu(), expected_dweight) < MAX_ERROR_BF16

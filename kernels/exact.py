@@ -2,8 +2,8 @@
 
 The exponentials of PyTorch and of the GPU are not correctly rounded and differ in their last bits, and
 neither PyTorch nor Triton says in which order it sums. Both would show in FP8 codes. So each is spelled out
-here twice, for PyTorch and for Triton, with the same IEEE 754 multiplications and additions in the same order:
-the two agree bit for bit.
+here twice, for PyTorch and for Triton, with the same IEEE 754 multiplications and additions in the same
+order: the two agree bit for bit.
 
 - exp(a), a <= 0: a = n ln 2 + r with n = round(a / ln 2); the polynomial of Cephes' expf on |r| <= ln(2) / 2;
   then 2**n in two halves, so that a subnormal result rounds once. The relative error is below 2**-23, that of

@@ -33,6 +33,7 @@ from kernels.quantize import (
     quantize_reference,
 )
 
+BAND_VALUES = 2**16  # values that the reference takes through the exponential at a time
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -158,13 +159,18 @@ def _halves(both: torch.Tensor | Quantized) -> tuple[torch.Tensor, ...]:
 
 def _sigmoids(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """sigmoid(gate) and sigmoid(-gate). With exp(-|gate|) nothing overflows and nothing cancels."""
-    small = exp_negative(-gate.abs())
-    one_and_small = small + 1.0
-    negative = gate < 0
-    return (
-        torch.where(negative, small, 1.0).div_(one_and_small),
-        torch.where(negative, 1.0, small).div_(one_and_small),
-    )
+    sigmoid = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
+    complement = torch.empty_like(sigmoid)
+    # Band by band the many steps stay within the processor's cache: twice as fast on a CPU.
+    band = max(1, BAND_VALUES // max(1, gate.shape[1]))
+    for start in range(0, gate.shape[0], band):
+        at = slice(start, start + band)
+        small = exp_negative(-gate[at].abs())
+        one_and_small = small + 1.0
+        negative = gate[at] < 0
+        torch.div(torch.where(negative, small, 1.0), one_and_small, out=sigmoid[at])
+        torch.div(torch.where(negative, 1.0, small), one_and_small, out=complement[at])
+    return sigmoid, complement
 
 
 def _check(function: str, both: torch.Tensor | Quantized, weights: torch.Tensor | None) -> None:

@@ -211,7 +211,7 @@ def quantize_kernel(x, packed, scales, rows, cols, stride_row, stride_col, ROWS:
     exponent = (amax >> 23) - 15 + ((amax & 0x7FFFFF) > 0x7E0000).to(tl.int32)
     exponent = tl.where(amax == 0, 127, tl.maximum(exponent, 1))
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    codes = _kernel_encode((values * inverse[:, None]).to(tl.int32, bitcast=True))
+    codes = kernel_encode((values * inverse[:, None]).to(tl.int32, bitcast=True))
     codes = tl.where((amax < 0x7F800000)[:, None], codes, 0x7E0)  # NAN_CODE
     # Padding in the last word belongs to no column: it is zero even where the tile is NaN.
     codes = tl.where(inside, codes, 0)
@@ -249,7 +249,7 @@ def dequantize_kernel(packed, scales, out, rows, cols, ROWS: tl.constexpr):
 
 
 @jit
-def _kernel_encode(bits):
+def kernel_encode(bits):
     magnitude = bits & 0x7FFFFFFF
     exponent = magnitude >> 23
     normal = ((magnitude + 0xFFFF + ((magnitude >> 17) & 1)) >> 17) - (112 << 6)

@@ -26,10 +26,11 @@ from kernels.quantize import (
     TILE,
     TILES,
     Quantized,
-    _empty,
-    _kernel_encode,
-    _kernel_scale,
-    _magnitude_bits,
+    check_values,
+    empty_quantized,
+    kernel_encode,
+    kernel_scale,
+    magnitude_bits,
     quantize_reference,
 )
 
@@ -74,13 +75,13 @@ def rmsnorm_backward(
         raise ValueError(
             f"rmsnorm_backward: dy has shape {tuple(dy.shape)} and x {tuple(x.shape)}; they must be equal"
         )
-    _check_values("rmsnorm_backward", "dy", dy, x)
+    check_values("rmsnorm_backward", "dy", dy, x, "x")
     if tuple(inverse.shape) != (x.shape[0],) or inverse.dtype != torch.float32:
         raise ValueError(
             f"rmsnorm_backward: inverse is {inverse.dtype} {tuple(inverse.shape)}; "
             f"x {tuple(x.shape)} needs torch.float32 {(x.shape[0],)}"
         )
-    _check_values("rmsnorm_backward", "inverse", inverse, x)
+    check_values("rmsnorm_backward", "inverse", inverse, x, "x")
     function = rmsnorm_backward_triton if runs_triton(x) else rmsnorm_backward_reference
     return function(dy, x, weight, inverse)
 
@@ -116,7 +117,7 @@ def rmsnorm_quantize_triton(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, power_of_two: bool = False
 ) -> tuple[Quantized, torch.Tensor]:
     """The Triton kernel: what `rmsnorm_quantize` runs on a GPU."""
-    codes, scales = _empty(x, TILES)
+    codes, scales = empty_quantized(x, TILES)
     rows, cols = x.shape
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows > 0:
@@ -150,19 +151,12 @@ def rmsnorm_backward_triton(
 def _check(function: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     if x.dim() != 2:
         raise ValueError(f"{function}: x has shape {tuple(x.shape)}; pass a matrix [rows, cols]")
-    _check_values(function, "x", x, x)
+    check_values(function, "x", x, x, "x")
     if tuple(weight.shape) != (x.shape[1],):
         raise ValueError(
             f"{function}: weight has shape {tuple(weight.shape)}; x {tuple(x.shape)} needs {(x.shape[1],)}"
         )
-    _check_values(function, "weight", weight, x)
-
-
-def _check_values(function: str, name: str, value: torch.Tensor, x: torch.Tensor) -> None:
-    if value.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"{function}: {name} is {value.dtype}; pass torch.float32 or torch.bfloat16")
-    if value.device != x.device:
-        raise ValueError(f"{function}: {name} is on {value.device} and x on {x.device}; move one of them")
+    check_values(function, "weight", weight, x, "x")
 
 
 @jit
@@ -187,8 +181,8 @@ def quantize_kernel(
         values = _load(x + row * stride_row, first, cols, stride_col)
         product = values * inverse_rms * _load(weight, first, cols, 1)
         # Past the last column zero times NaN is NaN, but a NaN there changes no tile: the row is all NaN.
-        scale = _kernel_scale(tl.max(_magnitude_bits(product), axis=1), POWER_OF_TWO)
-        tl.store(codes + row * cols + col, _kernel_encode(product, scale[:, None]), mask=col < cols)
+        scale = kernel_scale(tl.max(magnitude_bits(product), axis=1), POWER_OF_TWO)
+        tl.store(codes + row * cols + col, kernel_encode(product, scale[:, None]), mask=col < cols)
         tl.store(scales + row * tiles + tile, scale, mask=tile < tiles)
 
 

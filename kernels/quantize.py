@@ -145,7 +145,7 @@ def quantize_reference(x: torch.Tensor, block: tuple[int, int], *, power_of_two:
 
 def quantize_tiles_triton(x: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
     """The Triton kernel for 1x128 tiles: what `quantize_tiles` runs on a GPU."""
-    codes, scales = _empty(x, TILES)
+    codes, scales = empty_quantized(x, TILES)
     rows, cols = x.shape
     if x.numel() > 0:
         grid = (-(-rows // TILE_ROWS), scales.shape[1])
@@ -159,7 +159,7 @@ def quantize_tiles_triton(x: torch.Tensor, *, power_of_two: bool = False) -> Qua
 
 def quantize_blocks_triton(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
     """The Triton kernel for 128x128 blocks: what `quantize_blocks` runs on a GPU."""
-    codes, scales = _empty(w, BLOCKS)
+    codes, scales = empty_quantized(w, BLOCKS)
     rows, cols = w.shape
     if w.numel() > 0:
         with torch.cuda.device_of(w):
@@ -205,9 +205,21 @@ def _scale_shape(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
-def _empty(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_quantized(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     return codes, torch.empty(_scale_shape(x.shape, block), dtype=torch.float32, device=x.device)
+
+
+def check_values(
+    function: str, name: str, values: torch.Tensor, beside: torch.Tensor, beside_name: str
+) -> None:
+    """Raise TypeError or ValueError when `values` is no FP32 or BF16, or not on the device of `beside`."""
+    if values.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"{function}: {name} is {values.dtype}; pass torch.float32 or torch.bfloat16")
+    if values.device != beside.device:
+        raise ValueError(
+            f"{function}: {name} is on {values.device} and {beside_name} on {beside.device}; move one of them"
+        )
 
 
 def _check_input(function: str, x: torch.Tensor) -> None:
@@ -229,8 +241,8 @@ def tiles_kernel(
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     values = tl.load(x + row[:, None] * stride_row + col[None, :] * stride_col, mask=inside, other=0.0)
     values = values.to(tl.float32)
-    scale = _kernel_scale(tl.max(_magnitude_bits(values), axis=1), POWER_OF_TWO)
-    tl.store(codes + row[:, None] * cols + col[None, :], _kernel_encode(values, scale[:, None]), mask=inside)
+    scale = kernel_scale(tl.max(magnitude_bits(values), axis=1), POWER_OF_TWO)
+    tl.store(codes + row[:, None] * cols + col[None, :], kernel_encode(values, scale[:, None]), mask=inside)
     tl.store(scales + row * tl.cdiv(cols, 128) + tile, scale, mask=row < rows)
 
 
@@ -245,20 +257,20 @@ def blocks_kernel(
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     values = tl.load(w + row[:, None] * stride_row + col[None, :] * stride_col, mask=inside, other=0.0)
     values = values.to(tl.float32)
-    scale = _kernel_scale(tl.max(tl.max(_magnitude_bits(values), axis=1), axis=0), POWER_OF_TWO)
-    tl.store(codes + row[:, None] * cols + col[None, :], _kernel_encode(values, scale), mask=inside)
+    scale = kernel_scale(tl.max(tl.max(magnitude_bits(values), axis=1), axis=0), POWER_OF_TWO)
+    tl.store(codes + row[:, None] * cols + col[None, :], kernel_encode(values, scale), mask=inside)
     tl.store(scales + tl.program_id(0) * tl.cdiv(cols, 128) + tl.program_id(1), scale)
 
 
 @jit
-def _magnitude_bits(values):
+def magnitude_bits(values):
     """Bits of |values|. As integers they order like the numbers, with NaN above infinity: a maximum over them
     cannot lose a NaN, as the floating-point maximum of the hardware does."""
     return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @jit
-def _kernel_scale(amax_bits, POWER_OF_TWO: tl.constexpr):
+def kernel_scale(amax_bits, POWER_OF_TWO: tl.constexpr):
     # div_rn is the IEEE division; the operator / compiles to an approximation with other last bits.
     scale = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0)
     if POWER_OF_TWO:
@@ -271,7 +283,7 @@ def _kernel_scale(amax_bits, POWER_OF_TWO: tl.constexpr):
 
 
 @jit
-def _kernel_encode(values, scale):
+def kernel_encode(values, scale):
     quotient = tl.minimum(tl.maximum(tl.div_rn(values, scale), -448.0), 448.0)
     # The hardware's minimum and maximum drop NaN: put it back where the scale says so.
     quotient = tl.where(scale == scale, quotient, float("nan"))

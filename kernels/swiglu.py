@@ -25,11 +25,12 @@ from kernels.quantize import (
     TILE,
     TILES,
     Quantized,
-    _empty,
-    _kernel_encode,
-    _kernel_scale,
-    _magnitude_bits,
+    check_values,
     dequantize,
+    empty_quantized,
+    kernel_encode,
+    kernel_scale,
+    magnitude_bits,
     quantize_reference,
 )
 
@@ -73,7 +74,7 @@ def swiglu_backward(
         raise ValueError(
             f"swiglu_backward: dy has shape {tuple(dy.shape)}; both {tuple(both.shape)} needs {(rows, width)}"
         )
-    _check_values("swiglu_backward", "dy", dy, _values(both))
+    check_values("swiglu_backward", "dy", dy, _values(both), "both")
     function = swiglu_backward_triton if runs_triton(dy) else swiglu_backward_reference
     return function(dy, both, weights)
 
@@ -115,7 +116,7 @@ def swiglu_quantize_triton(
     """The Triton kernel: what `swiglu_quantize` runs on a GPU."""
     values = _values(both)
     rows, width = values.shape[0], values.shape[1] // 2
-    codes, scales = _empty(values[:, :width], TILES)
+    codes, scales = empty_quantized(values[:, :width], TILES)
     if codes.numel() > 0:
         with torch.cuda.device_of(values):
             quantize_kernel[(rows, -(-scales.shape[1] // STEP_TILES))](
@@ -180,21 +181,14 @@ def _check(function: str, both: torch.Tensor | Quantized, weights: torch.Tensor 
         if both.block != TILES:
             raise ValueError(f"{function}: both is quantised in blocks of {both.block}; use quantize_tiles")
     else:
-        _check_values(function, "both", both, both)
+        check_values(function, "both", both, both, "both")
     if weights is not None:
         if tuple(weights.shape) != (both.shape[0],):
             raise ValueError(
                 f"{function}: weights have shape {tuple(weights.shape)}; both {tuple(both.shape)} "
                 f"needs {(both.shape[0],)}"
             )
-        _check_values(function, "weights", weights, _values(both))
-
-
-def _check_values(function: str, name: str, x: torch.Tensor, both: torch.Tensor) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"{function}: {name} is {x.dtype}; pass torch.float32 or torch.bfloat16")
-    if x.device != both.device:
-        raise ValueError(f"{function}: {name} is on {x.device} and both on {both.device}; move one of them")
+        check_values(function, "weights", weights, _values(both), "both")
 
 
 @jit
@@ -211,8 +205,8 @@ def quantize_kernel(
     product = _kernel_sigmoid(gate)[0] * gate * up
     if weights is not None:
         product = product * tl.load(weights + row).to(tl.float32)
-    scale = _kernel_scale(tl.max(_magnitude_bits(product), axis=1), POWER_OF_TWO)
-    encoded = _kernel_encode(product, scale[:, None])
+    scale = kernel_scale(tl.max(magnitude_bits(product), axis=1), POWER_OF_TWO)
+    encoded = kernel_encode(product, scale[:, None])
     tl.store(codes + row * width + col, encoded, mask=col < width)
     tiles = tl.cdiv(width, 128)
     tl.store(scales + row * tiles + tile, scale, mask=tile < tiles)

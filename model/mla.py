@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.norm import RMSNorm
 from model.precision import Precision
 from model.recompute import remember
-from model.yarn import rotate, rotate_end, softmax_scale
+from model.yarn import rotate, softmax_scale
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -47,7 +47,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _up_query(self, raw_BTQ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q = self.precision.linear(self.q_a_layernorm(raw_BTQ), self.q_b_proj)
         q = q.unflatten(-1, (self.config.num_attention_heads, -1))
-        return rotate_end(q, cos.unsqueeze(-2), sin.unsqueeze(-2))
+        return rotate(q, cos.unsqueeze(-2), sin.unsqueeze(-2))
 
     def latents(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """What decoding caches: normed latent and rotated shared key, [B, T, C + R]."""

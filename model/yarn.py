@@ -64,7 +64,8 @@ def rotation_table(
 
 
 class _Rotate(torch.autograd.Function):
-    """A turn by the opposite angle is its own gradient, so only the angles are saved."""
+    """A turn by the opposite angle is its own gradient, so only the angles are saved. One copy each way,
+    where parts that are split and put together again take more."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -77,42 +78,19 @@ class _Rotate(torch.autograd.Function):
         return _turned(grad, cos, -sin), None, None
 
 
-class _RotateEnd(torch.autograd.Function):
-    """One copy each way, where halves that are split and put together again take more."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned_end(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned_end(grad, cos, -sin), None, None
-
-
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # A copy, because pairs can be read as complex numbers only where they are aligned.
-    wide = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin))
-    return wide.to(x.dtype)
-
-
-def _turned_end(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     end = out[..., -2 * cos.shape[-1] :]
-    end.copy_(_turned(end, cos, sin))
+    # A copy, because pairs can be read as complex numbers only where they are aligned.
+    wide = end.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin))
+    end.copy_(wide)
     return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn interleaved pairs (2i, 2i+1) of the last dimension.
+    """Turn interleaved pairs (2i, 2i+1) of the last R values; those before them stay.
 
-    x [..., R]; cos and sin broadcast against [..., R/2]. Computed in float32, returned in x's type.
+    x [..., N + R]; cos and sin broadcast against [..., R/2]. Computed in float32, returned in x's type.
     """
     return _Rotate.apply(x, cos, sin)
-
-
-def rotate_end(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same for the last R of a wider dimension: x [..., N + R]."""
-    return _RotateEnd.apply(x, cos, sin)

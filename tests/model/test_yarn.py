@@ -10,7 +10,6 @@ from model.yarn import (
     correction_range,
     inverse_frequencies,
     rotate,
-    rotate_end,
     rotation_table,
     softmax_scale,
 )
@@ -58,10 +57,10 @@ def test_the_end_of_a_wider_dimension_is_turned_and_the_gradient_turned_back(con
     generator = torch.Generator().manual_seed(1)
     x, aim = (torch.randn(2, 4, 3, content + 8, generator=generator) for _ in range(2))
     leaf = x.clone().requires_grad_()
-    found = rotate_end(leaf, cos, sin)
+    found = rotate(leaf, cos, sin)
     (found * aim).sum().backward()
     even, odd = x[..., content:].unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
     assert torch.allclose(found, torch.cat((x[..., :content], pairs), dim=-1), atol=1e-6)
     # A turn is orthogonal: what goes back is turned by the opposite angle.
-    assert torch.allclose(rotate_end(aim, cos, -sin), leaf.grad, atol=1e-6)
+    assert torch.allclose(rotate(aim, cos, -sin), leaf.grad, atol=1e-6)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from kernels import quantize
 from kernels.backend import triton
-from kernels.cases import Case, cases
+from kernels.cases import cases
+from kernels.cases.case import Case
 from kernels.figures import Row, at_least, at_most, show, write
 
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one thread block of an H100 may use

@@ -1,0 +1,32 @@
+"""The kernel of cross_entropy.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernels import cross_entropy
+from kernels.cases.case import Case
+
+
+def cases() -> Iterator[Case]:
+    for dtype, gradient, aligned in (
+        ("bf16", True, ("vocabulary",)),
+        ("bf16", False, ("vocabulary",)),
+        ("fp32", True, ("vocabulary",)),
+        ("fp32", True, ()),
+    ):
+        yield Case(
+            name=f"cross_entropy {dtype}{', gradient' * gradient}{'' if aligned else ', ragged'}",
+            kernel=cross_entropy.softmax_kernel,
+            types={
+                "logits": f"*{dtype}",
+                "targets": "*i64",
+                "losses": "*fp32",
+                "vocabulary": "i32",
+                "z_loss": "fp32",
+            },
+            constants={"GRADIENT": gradient, "BLOCK": cross_entropy.BLOCK},
+            aligned=("logits", "targets", "losses", *aligned),
+            options=cross_entropy.OPTIONS,
+            exact=False,
+        )

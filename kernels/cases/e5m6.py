@@ -1,0 +1,37 @@
+"""The kernels of e5m6.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernels import e5m6
+from kernels.cases.case import Case
+
+
+def cases() -> Iterator[Case]:
+    sizes = {"rows": "i32", "cols": "i32"}
+    row_major = {"stride_row": "i32", "stride_col": "1"}
+    even = ("rows", "cols", "stride_row", "stride_col")
+    for dtype, variant, strides, aligned in (
+        ("bf16", "rows", row_major, even),
+        ("fp32", "rows", row_major, even),
+        ("bf16", "ragged rows", row_major, ()),
+        ("bf16", "columns", {"stride_row": "1", "stride_col": "i32"}, even),
+    ):
+        yield Case(
+            name=f"quantize_e5m6 {dtype} {variant}",
+            kernel=e5m6.quantize_kernel,
+            types={"x": f"*{dtype}", "packed": "*u8", "scales": "*fp32", **sizes, **strides},
+            constants={"ROWS": e5m6.ROWS},
+            aligned=("x", "packed", "scales", *aligned),
+            options=e5m6.OPTIONS,
+        )
+    for dtype, variant, aligned in (("bf16", "", even), ("fp32", "", even), ("bf16", " ragged", ())):
+        yield Case(
+            name=f"dequantize_e5m6 {dtype}{variant}",
+            kernel=e5m6.dequantize_kernel,
+            types={"packed": "*u8", "scales": "*fp32", "out": f"*{dtype}", **sizes},
+            constants={"ROWS": e5m6.ROWS},
+            aligned=("packed", "scales", "out", *aligned[:2]),
+            options=e5m6.OPTIONS,
+        )

@@ -1,0 +1,45 @@
+"""The kernels of norm.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernels import norm
+from kernels.cases.case import Case
+
+
+def cases() -> Iterator[Case]:
+    strides = {"stride_row": "i32", "stride_col": "1"}
+    both_strides = {"dy_stride_row": "i32", "dy_stride_col": "1", **strides}
+    even = ("cols", "stride_row")
+    for dtype, aligned, power_of_two in (("bf16", even, False), ("bf16", (), False), ("fp32", even, True)):
+        pointers = {"x": f"*{dtype}", "weight": f"*{dtype}"}
+        outputs = {"codes": "*fp8e4nv", "scales": "*fp32", "inverse": "*fp32"}
+        name = f"{dtype}{'' if aligned else ' ragged'}"
+        yield Case(
+            name=f"rmsnorm_quantize {name}{' 2^n' if power_of_two else ''}",
+            kernel=norm.quantize_kernel,
+            types={**pointers, **outputs, "cols": "i32", "eps": "fp32", **strides},
+            constants={"POWER_OF_TWO": power_of_two},
+            aligned=(*pointers, *outputs, *aligned),
+            options=norm.OPTIONS,
+        )
+        even_dy = ("dy_stride_row",) if aligned else ()
+        pointers = {"dy": f"*{dtype}", **pointers, "inverse": "*fp32"}
+        yield Case(
+            name=f"rmsnorm_backward dx {name}",
+            kernel=norm.dx_kernel,
+            types={**pointers, "dx": f"*{dtype}", "cols": "i32", **both_strides},
+            constants={},
+            aligned=(*pointers, "dx", *aligned, *even_dy),
+            options=norm.OPTIONS,
+        )
+        pointers = {"dy": f"*{dtype}", "x": f"*{dtype}", "inverse": "*fp32", "partial": "*fp32"}
+        yield Case(
+            name=f"rmsnorm_backward dweight {name}",
+            kernel=norm.dweight_kernel,
+            types={**pointers, "rows": "i32", "cols": "i32", **both_strides},
+            constants={"SLAB": norm.SLAB},
+            aligned=(*pointers, *aligned, *even_dy),
+            options=norm.OPTIONS,
+        )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.quantize import BLOCKS, TILE, Quantized, quantize_blocks, quantize_tiles
+from kernels.quantize import BLOCKS, TILE, Quantized, dequantize, quantize_blocks, quantize_tiles
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,33 @@ def quantize_tokens(x: torch.Tensor, offsets: torch.Tensor, *, power_of_two: boo
     source = x if x.shape[0] > 0 else x.new_zeros(1, x.shape[1])
     padded = source.index_select(0, row).masked_fill_(~valid[:, None], 0.0)
     return quantize_tiles(padded.t(), power_of_two=power_of_two)
+
+
+def quantize_tokens_both(
+    x: torch.Tensor, offsets: torch.Tensor, *, power_of_two: bool = False
+) -> tuple[Quantized, Quantized]:
+    """`quantize_tiles` of x [tokens, channels] (FP32 or BF16), and `quantize_tokens` of it.
+
+    Rows past the last offset count as zeros in both.
+    """
+    along_tokens = quantize_tokens(x, offsets, power_of_two=power_of_two)
+    row = torch.arange(x.shape[0], device=x.device)
+    return quantize_tiles(
+        x.masked_fill((row >= offsets[-1])[:, None], 0.0), power_of_two=power_of_two
+    ), along_tokens
+
+
+def requantize_tokens(q: Quantized, offsets: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
+    """`quantize_tokens` of a matrix [tokens, channels] that is in 1x128 tiles already."""
+    return quantize_tokens(dequantize(q), offsets, power_of_two=power_of_two)
+
+
+def quantize_experts_both(
+    w: torch.Tensor, *, power_of_two: bool = False
+) -> tuple[QuantizedExperts, QuantizedExperts]:
+    """`quantize_experts` of w [experts, N, K], and every expert transposed, [experts, K, N] (for dgrad)."""
+    q = quantize_experts(w, power_of_two=power_of_two)
+    return q, q.transpose()
 
 
 def group_starts(offsets: torch.Tensor) -> torch.Tensor:

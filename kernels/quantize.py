@@ -3,10 +3,15 @@
 One scale covers 1x128 values of an activation (one token, 128 channels) or 128x128 values of a weight, so
 one outlier costs precision only to its own tile. Scales come from the tensor at hand (no delayed scaling):
 
-    scale = amax / 448          FP32, or rounded up to a power of two (UE8M0) with `power_of_two=True`
-    code  = e4m3(value / scale) round to nearest even, saturating at +-448
+    scale   = amax / 448                FP32, or rounded up to a power of two (UE8M0) with `power_of_two=True`
+    inverse = 1 / scale                 FP32, once a tile: a value then costs a product, not a division
+    code    = e4m3(value * inverse)     round to nearest even
 
-Every step is one correctly rounded FP32 operation, so the reference and the kernel agree bit for bit.
+Every step is one correctly rounded FP32 operation, so the reference and the kernel agree bit for bit. Against
+a division the product may differ in its last bit, and a code next to a midpoint by one; with powers of two
+both are exact. No product exceeds 448 by more than three roundings (448.0001), which E4M3 rounds to 448:
+nothing needs to be clamped.
+
 Rules at the edges:
 
 - A tile of zeros has scale 1 and codes zero; a zero keeps its sign.
@@ -124,6 +129,14 @@ def quantize_blocks(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized
 
 def quantize_reference(x: torch.Tensor, block: tuple[int, int], *, power_of_two: bool = False) -> Quantized:
     """The PyTorch reference of both quantisers, on any device: the kernels must agree with it bit for bit."""
+    codes, scales = encode_reference(x, block, power_of_two)
+    return Quantized(codes, scales, block)
+
+
+def encode_reference(
+    x: torch.Tensor, block: tuple[int, int], power_of_two: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a matrix in blocks of any height and width."""
     rows, cols = x.shape
     height, width = block
     scale_rows, scale_cols = _scale_shape(x.shape, block)
@@ -133,14 +146,12 @@ def quantize_reference(x: torch.Tensor, block: tuple[int, int], *, power_of_two:
         padded = torch.nn.functional.pad(padded, padding)
     blocks = padded.view(scale_rows, height, scale_cols, width)
     scales = _scales(torch.maximum(blocks.amax(dim=(1, 3)), -blocks.amin(dim=(1, 3))), power_of_two)
-    # Builds of torch differ in whether a cast beyond 448 saturates, hence the clamp. NaN passes through it.
-    values = (blocks / scales[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    values = blocks * scales.reciprocal()[:, None, :, None]
     spoiled = scales.isnan()
     if spoiled.any():
-        # The NaN of a quotient may carry either sign; torch.nan gives the one code 0x7F on every device.
+        # The NaN of a product may carry either sign; torch.nan gives the one code 0x7F on every device.
         values.masked_fill_(spoiled[:, None, :, None], torch.nan)
-    codes = values.view(padded.shape)[:rows, :cols].to(torch.float8_e4m3fn).contiguous()
-    return Quantized(codes, scales, block)
+    return values.view(padded.shape)[:rows, :cols].to(torch.float8_e4m3fn).contiguous(), scales
 
 
 def quantize_tiles_triton(x: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
@@ -284,7 +295,5 @@ def kernel_scale(amax_bits, POWER_OF_TWO: tl.constexpr):
 
 @jit
 def kernel_encode(values, scale):
-    quotient = tl.minimum(tl.maximum(tl.div_rn(values, scale), -448.0), 448.0)
-    # The hardware's minimum and maximum drop NaN: put it back where the scale says so.
-    quotient = tl.where(scale == scale, quotient, float("nan"))
-    return quotient.to(tl.float8e4nv)
+    """Codes of `values`; `scale` has one element for each tile, so that its inverse is taken once a tile."""
+    return (values * tl.div_rn(1.0, scale)).to(tl.float8e4nv)

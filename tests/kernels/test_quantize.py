@@ -52,9 +52,9 @@ def oracle(x: np.ndarray, block: tuple[int, int], power_of_two: bool) -> tuple[n
         for j in range(scales.shape[1]):
             at = (slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width))
             scales[i, j] = oracle_scale(np.abs(x[at]).max(), power_of_two)
-            # The recipe rounds the quotient to FP32 before it rounds to E4M3.
-            quotient = (x[at] / scales[i, j]).astype(np.float32).astype(np.float64)
-            codes[at] = nearest_code(np.clip(quotient, -448, 448))
+            # The recipe rounds the inverse and the product to FP32 before it rounds to E4M3.
+            product = (x[at] * float(np.float32(1 / scales[i, j]))).astype(np.float32).astype(np.float64)
+            codes[at] = nearest_code(np.clip(product, -448, 448))
     return codes, scales
 
 

@@ -98,9 +98,7 @@ def quantize_experts(w: torch.Tensor, *, power_of_two: bool = False) -> Quantize
     """
     _check_experts("quantize_experts", w)
     if runs_triton(w):
-        codes, scales = _empty_experts(w)
-        launch_blocks(w, codes, scales, power_of_two)
-        return QuantizedExperts(codes, scales)
+        return quantize_experts_triton(w, power_of_two=power_of_two)
     return quantize_experts_reference(w, power_of_two=power_of_two)
 
 
@@ -128,6 +126,13 @@ def quantize_experts_reference(w: torch.Tensor, *, power_of_two: bool = False) -
     for expert, matrix in enumerate(w):
         q = quantize_reference(matrix, BLOCKS, power_of_two=power_of_two)
         codes[expert], scales[expert] = q.codes, q.scales
+    return QuantizedExperts(codes, scales)
+
+
+def quantize_experts_triton(w: torch.Tensor, *, power_of_two: bool = False) -> QuantizedExperts:
+    """The Triton kernel: what `quantize_experts` runs on a GPU."""
+    codes, scales = _empty_experts(w)
+    launch_blocks(w, codes, scales, power_of_two)
     return QuantizedExperts(codes, scales)
 
 

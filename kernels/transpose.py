@@ -126,7 +126,7 @@ def requantize_transpose_triton(q: Quantized | E5M6, *, power_of_two: bool = Fal
     if isinstance(q, E5M6):
         if cols % 8 != 0:  # rows do not start at whole words
             return quantize_both_triton(dequantize_e5m6(q), power_of_two=power_of_two)[1]
-        source = q.packed.view(torch.int32)
+        source = q.packed.view(-1).view(torch.int32).view(rows, 3 * cols // 8)
     else:
         source = q.codes
     codes = torch.empty((cols, rows), dtype=torch.float8_e4m3fn, device=source.device)

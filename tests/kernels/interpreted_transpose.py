@@ -21,7 +21,7 @@ Pairs = tuple[torch.Tensor, torch.Tensor]
 
 
 def poisoned(*arguments, **options) -> torch.Tensor:
-    """In place of `torch.empty`: what a kernel leaves unwritten does not look like anything that it writes."""
+    """In place of `torch.empty`: what a kernel leaves unwritten looks like nothing that it writes."""
     with mock.patch("torch.empty", EMPTY):
         made = torch.zeros(*arguments, **options)
     return made.view(torch.uint8).fill_(0x5A).view(made.dtype)

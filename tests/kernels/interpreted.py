@@ -217,6 +217,8 @@ def check_permute(generator: torch.Generator) -> None:
         for weights in (None, factors):
             assert torch.equal(gather_triton(x, plan, weights), gather_reference(x, plan, weights))
             assert torch.equal(combine_triton(y, plan, weights), combine_reference(y, plan, weights))
+        codes = torch.randint(256, (tokens, 2 * hidden + 1), generator=generator, dtype=torch.uint8)
+        assert torch.equal(gather_triton(codes, plan), gather_reference(codes, plan))
         found, expected = weight_gradient_triton(y, x, plan), weight_gradient_reference(y, x, plan)
         assert relative_error(found, expected) < 1e-6, (tokens, hidden, slots, dtype)
 

@@ -164,6 +164,17 @@ def test_permute_is_that_of_the_cpu(tokens, hidden, dtype, slots) -> None:
     assert relative_error(results[0][-1].cpu(), results[1][-1]) < 1e-5
 
 
+@pytest.mark.parametrize(("tokens", "hidden"), [(0, 64), (1, 1), (37, 1500), (500, 7168)])
+def test_permute_moves_fp8_rows_with_their_scales(tokens, hidden) -> None:
+    generator = torch.Generator().manual_seed(5)
+    experts = torch.randint(60, (tokens, 8), generator=generator)
+    q = quantize_tiles(torch.randn(tokens, hidden, generator=generator))
+    found, _ = permute(Quantized(q.codes.cuda(), q.scales.cuda(), TILES), experts.cuda(), 64)
+    expected, _ = permute(q, experts, 64)
+    assert torch.equal(found.codes.cpu().view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(found.scales.cpu(), expected.scales)
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize(
     ("positions", "vocabulary"), [(0, 10), (1, 1), (600, 4097), (2500, 70), (530, 129280)]

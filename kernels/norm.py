@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.exact import kernel_lane_sum, row_sums
+from kernels.exact import STEP, kernel_lane_sum, row_sums
 from kernels.quantize import (
     TILE,
     TILES,
@@ -126,7 +126,7 @@ def rmsnorm_quantize_triton(
         with torch.cuda.device_of(x):
             quantize_kernel[(rows,)](
                 x, weight.contiguous(), codes, scales, inverse, cols, float(eps), x.stride(0), x.stride(1),
-                POWER_OF_TWO=power_of_two, **OPTIONS,
+                POWER_OF_TWO=power_of_two, STEPS=-(-cols // STEP), **OPTIONS,
             )  # fmt: skip
     return Quantized(codes, scales, TILES), inverse
 
@@ -163,25 +163,27 @@ def _check(function: str, x: torch.Tensor, weight: torch.Tensor) -> None:
 
 @jit
 def quantize_kernel(
-    x, weight, codes, scales, inverse, cols, eps, stride_row, stride_col, POWER_OF_TWO: tl.constexpr
-):
-    """One program: one row, eight tiles at a time, read twice (the second time from the cache)."""
+    x, weight, codes, scales, inverse, cols, eps, stride_row, stride_col,
+    POWER_OF_TWO: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One program: one row, kept in registers: STEPS times eight tiles."""
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(cols, 128)
     lanes = tl.zeros((8, 128), dtype=tl.float32)
-    for first in range(0, tiles, 8):
-        values = _load(x + row * stride_row, first, cols, stride_col)
+    kept = ()
+    for step in tl.static_range(STEPS):
+        values = _load(x + row * stride_row, step * 8, cols, stride_col)
         lanes += values * values
+        kept += (values,)
     total = kernel_lane_sum(lanes)
     mean = tl.div_rn(total, tl.maximum(cols, 1).to(tl.float32))
     inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     inverse_rms = tl.where(total < float("inf"), inverse_rms, float("nan"))
     tl.store(inverse + row, inverse_rms)
-    for first in range(0, tiles, 8):
-        tile = first + tl.arange(0, 8)
+    for step in tl.static_range(STEPS):
+        tile = step * 8 + tl.arange(0, 8)
         col = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
-        values = _load(x + row * stride_row, first, cols, stride_col)
-        product = values * inverse_rms * _load(weight, first, cols, 1)
+        product = kept[step] * inverse_rms * _load(weight, step * 8, cols, 1)
         # Past the last column zero times NaN is NaN, but a NaN there changes no tile: the row is all NaN.
         scale = kernel_scale(tl.max(magnitude_bits(product), axis=1), POWER_OF_TWO)
         tl.store(codes + row * cols + col, kernel_encode(product, scale[:, None]), mask=col < cols)

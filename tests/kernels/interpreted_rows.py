@@ -16,6 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from kernels import norm, swiglu
 from kernels.metrics import relative_error
 from kernels.quantize import TILES, Quantized, quantize_reference
+from tests.kernels.guard import guarded
 
 WIDTHS = (1, 128, 200, 2100)
 BAD = (torch.nan, -torch.nan, torch.inf, -torch.inf)
@@ -116,5 +117,6 @@ def check_norm(generator: torch.Generator) -> None:
 
 if __name__ == "__main__":
     InterpreterBuilder.create_fma = fma
-    {"swiglu": check_swiglu, "norm": check_norm}[sys.argv[1]](torch.Generator().manual_seed(0))
+    with guarded():
+        {"swiglu": check_swiglu, "norm": check_norm}[sys.argv[1]](torch.Generator().manual_seed(0))
     print("interpreted kernels agree")

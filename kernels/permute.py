@@ -50,7 +50,7 @@ def plan_rows(experts: torch.Tensor, count: int) -> Plan:
     """The plan for `experts` [tokens, K] (int64 or int32, 0 to count - 1), K from 1 to 8. Runs in PyTorch.
 
     On a GPU the numbers are not checked, since that would wait for the device: rows of an expert that does
-    not exist lie before offsets[0] or after offsets[count].
+    not exist lie after offsets[count], where rows belong to no expert (`kernels.grouped_quantize`).
 
     Raises:
         ValueError, TypeError: the shape, the type, `count` or, on a CPU, an expert's number is wrong.
@@ -70,7 +70,9 @@ def plan_rows(experts: torch.Tensor, count: int) -> Plan:
             raise ValueError(
                 f"permute: experts reach from {low} to {high}; they must lie in 0 to {count - 1}"
             )
-    in_order, pair = experts.reshape(-1).long().sort(stable=True)
+    numbers = experts.reshape(-1).long()
+    # A negative number would otherwise sort before expert 0, among rows that no grouped GEMM writes.
+    in_order, pair = numbers.masked_fill(numbers < 0, count).sort(stable=True)
     place = torch.empty_like(pair)
     place[pair] = torch.arange(len(pair), device=pair.device)
     offsets = torch.searchsorted(in_order, torch.arange(count + 1, device=pair.device))

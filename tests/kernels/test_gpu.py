@@ -164,6 +164,13 @@ def test_permute_is_that_of_the_cpu(tokens, hidden, dtype, slots) -> None:
     assert relative_error(results[0][-1].cpu(), results[1][-1]) < 1e-5
 
 
+def test_rows_of_experts_that_do_not_exist_come_last() -> None:
+    experts = torch.tensor([[0, -1], [5, 2], [1, 0]])
+    _, plan = permute(torch.randn(3, 16).cuda(), experts.cuda(), 3)
+    assert plan.offsets.tolist() == [0, 2, 3, 4]
+    assert plan.pair.tolist()[:4] == [0, 5, 4, 3]
+
+
 @pytest.mark.parametrize(("tokens", "hidden"), [(0, 64), (1, 1), (37, 1500), (500, 7168)])
 def test_permute_moves_fp8_rows_with_their_scales(tokens, hidden) -> None:
     generator = torch.Generator().manual_seed(5)

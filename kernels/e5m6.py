@@ -12,10 +12,11 @@ The report gives it 12 bits and scales that are powers of two. Torch has no such
             byte first. With an odd number of columns the last b is zero.
 
 Values are rounded to nearest even, once: dividing by a power of two is exact (or the quotient is so small
-that its code is zero either way), and the rest is arithmetic on integers. So the reference and the kernel
-agree bit for bit. The rules at the edges are those of `kernels.quantize`: a tile of zeros has scale 1 and
-keeps its signs, the smallest scale is 2**-126, and a tile that holds a NaN or an infinity gets scale NaN and
-all codes NaN. Values above (2 - 2**-7) * 2**127 round up to 2**128 and come back as infinity.
+that its code is zero either way), and the rest is arithmetic on integers and one IEEE addition. So the
+reference and the kernel agree bit for bit. The rules at the edges are those of `kernels.quantize`: a tile of
+zeros has scale 1 and keeps its signs, the smallest scale is 2**-126, and a tile that holds a NaN or an
+infinity gets scale NaN and all codes NaN. Values above (2 - 2**-7) * 2**127 round up to 2**128 and come back
+as infinity.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from kernels.backend import jit, runs_triton, tl
 from kernels.quantize import TILE
 
 NAN_CODE = 0x7E0
+EIGHT_BITS = 0x41000000  # 8.0
+TINY_BITS = 113 << 23  # 2**-14: codes of smaller values are subnormal
 
 ROWS = 32  # rows of 128 values that one program takes
 # Without fusion every operation rounds on its own, as in the reference.
@@ -134,8 +137,8 @@ def quantize_e5m6_reference(x: torch.Tensor) -> E5M6:
     exponent = torch.where(amax == 0, 127, exponent.clamp(min=1)).int()
     spoiled = amax >= 0x7F800000
     # Two powers of two multiply to 1: the product below is the quotient, and exact.
-    bits = (values * ((254 - exponent) << 23).view(torch.float32)[:, :, None]).view(torch.int32)
-    codes = torch.where(spoiled[:, :, None], NAN_CODE, _encode(bits))
+    quotients = values * ((254 - exponent) << 23).view(torch.float32)[:, :, None]
+    codes = torch.where(spoiled[:, :, None], NAN_CODE, _encode(quotients))
     scales = torch.where(spoiled, torch.nan, (exponent << 23).view(torch.float32))
     return E5M6(pack(codes.view(rows, tiles * TILE)[:, :cols]), scales, cols)
 
@@ -156,8 +159,9 @@ def quantize_e5m6_triton(x: torch.Tensor) -> E5M6:
         grid = (-(-rows // ROWS), scales.shape[1])
         with torch.cuda.device_of(x):
             quantize_kernel[grid](
-                x, packed, scales, rows, cols, x.stride(0), x.stride(1), ROWS=ROWS, **OPTIONS
-            )
+                x, _words(packed, cols), scales, rows, cols, x.stride(0), x.stride(1),
+                WORDS=_has_words(cols), ROWS=ROWS, **OPTIONS,
+            )  # fmt: skip
     return E5M6(packed, scales, cols)
 
 
@@ -168,21 +172,31 @@ def dequantize_e5m6_triton(q: E5M6, dtype: torch.dtype = torch.float32) -> torch
     if out.numel() > 0:
         grid = (-(-rows // ROWS), q.scales.shape[1])
         with torch.cuda.device_of(out):
-            dequantize_kernel[grid](q.packed, q.scales, out, rows, cols, ROWS=ROWS, **OPTIONS)
+            dequantize_kernel[grid](
+                _words(q.packed, cols), q.scales, out, rows, cols,
+                WORDS=_has_words(cols), ROWS=ROWS, **OPTIONS,
+            )  # fmt: skip
     return out
 
 
-def _encode(bits: torch.Tensor) -> torch.Tensor:
-    """Codes (int32) of FP32 numbers of at most 65024, given by their bits: to nearest, ties to even."""
+def _has_words(cols: int) -> bool:
+    """Whether a row is whole words of 32 bits. Three of them hold eight codes; moving bytes takes four times
+    as many instructions."""
+    return cols % 8 == 0
+
+
+def _words(packed: torch.Tensor, cols: int) -> torch.Tensor:
+    return packed.view(torch.int32) if _has_words(cols) else packed
+
+
+def _encode(values: torch.Tensor) -> torch.Tensor:
+    """Codes (int32) of FP32 numbers of at most 65024: to nearest, ties to even."""
+    bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
-    exponent = magnitude >> 23
     normal = (magnitude + 0xFFFF + (magnitude >> 17 & 1) >> 17) - (112 << 6)
-    # Below 2**-14 the fraction, with its leading one, is shifted to units of 2**-20.
-    shift = (130 - exponent).clamp(min=1, max=25)
-    whole = (magnitude & 0x7FFFFF) | 0x800000
-    half = 1 << shift - 1
-    subnormal = whole + half - 1 + (whole >> shift & 1) >> shift
-    return torch.where(exponent < 113, subnormal, normal) | (bits >> 31 & 1) << 11
+    # Below 2**-14 the addition of 8 rounds to multiples of 2**-20 and leaves their number in the lowest bits.
+    subnormal = (values.abs() + 8.0).view(torch.int32) - EIGHT_BITS
+    return torch.where(magnitude < TINY_BITS, subnormal, normal) | (bits >> 20 & 0x800)
 
 
 def _check_dtype(what: str, dtype: torch.dtype) -> None:
@@ -199,8 +213,11 @@ def _check_packed(function: str, packed: torch.Tensor, cols: int) -> None:
 
 
 @jit
-def quantize_kernel(x, packed, scales, rows, cols, stride_row, stride_col, ROWS: tl.constexpr):
-    """One program: ROWS rows of one column of tiles."""
+def quantize_kernel(
+    x, packed, scales, rows, cols, stride_row, stride_col,
+    WORDS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS rows of one column of tiles. `packed` are words (int32) if WORDS, else bytes."""
     tile = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tile.to(tl.int64) * 128 + tl.arange(0, 128)
@@ -211,35 +228,58 @@ def quantize_kernel(x, packed, scales, rows, cols, stride_row, stride_col, ROWS:
     exponent = (amax >> 23) - 15 + ((amax & 0x7FFFFF) > 0x7E0000).to(tl.int32)
     exponent = tl.where(amax == 0, 127, tl.maximum(exponent, 1))
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    codes = kernel_encode((values * inverse[:, None]).to(tl.int32, bitcast=True))
+    codes = kernel_encode(values * inverse[:, None])
     codes = tl.where((amax < 0x7F800000)[:, None], codes, 0x7E0)  # NAN_CODE
     # Padding in the last word belongs to no column: it is zero even where the tile is NaN.
     codes = tl.where(inside, codes, 0)
     first, second = tl.split(tl.reshape(codes, (ROWS, 64, 2)))
-    pair = tile.to(tl.int64) * 64 + tl.arange(0, 64)
-    pairs = (cols + 1) // 2
-    at = packed + row[:, None] * (3 * pairs) + 3 * pair[None, :]
-    stored = (row < rows)[:, None] & (pair < pairs)[None, :]
-    tl.store(at, (first & 0xFF).to(tl.uint8), mask=stored)
-    tl.store(at + 1, (first >> 8 | (second & 0xF) << 4).to(tl.uint8), mask=stored)
-    tl.store(at + 2, (second >> 4).to(tl.uint8), mask=stored)
+    pairs = first | second << 12
+    if WORDS:
+        group = tile.to(tl.int64) * 16 + tl.arange(0, 16)
+        at = packed + row[:, None] * (cols // 8 * 3) + 3 * group[None, :]
+        stored = (row < rows)[:, None] & (group < cols // 8)[None, :]
+        even, odd = tl.split(tl.reshape(pairs, (ROWS, 16, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        tl.store(at, first | second << 24, mask=stored)
+        tl.store(at + 1, second >> 8 | third << 16, mask=stored)
+        tl.store(at + 2, third >> 16 | fourth << 8, mask=stored)
+    else:
+        pair = tile.to(tl.int64) * 64 + tl.arange(0, 64)
+        count = (cols + 1) // 2
+        at = packed + row[:, None] * (3 * count) + 3 * pair[None, :]
+        stored = (row < rows)[:, None] & (pair < count)[None, :]
+        for byte in tl.static_range(3):
+            tl.store(at + byte, (pairs >> 8 * byte & 0xFF).to(tl.uint8), mask=stored)
     scale = tl.where(amax < 0x7F800000, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
     tl.store(scales + row * tl.cdiv(cols, 128) + tile, scale, mask=row < rows)
 
 
 @jit
-def dequantize_kernel(packed, scales, out, rows, cols, ROWS: tl.constexpr):
-    """One program: ROWS rows of one column of tiles."""
+def dequantize_kernel(packed, scales, out, rows, cols, WORDS: tl.constexpr, ROWS: tl.constexpr):
+    """One program: ROWS rows of one column of tiles. `packed` are words (int32) if WORDS, else bytes."""
     tile = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    pair = tile.to(tl.int64) * 64 + tl.arange(0, 64)
-    pairs = (cols + 1) // 2
-    at = packed + row[:, None] * (3 * pairs) + 3 * pair[None, :]
-    loaded = (row < rows)[:, None] & (pair < pairs)[None, :]
-    low = tl.load(at, mask=loaded, other=0).to(tl.int32)
-    middle = tl.load(at + 1, mask=loaded, other=0).to(tl.int32)
-    high = tl.load(at + 2, mask=loaded, other=0).to(tl.int32)
-    codes = tl.interleave(low | (middle & 0xF) << 8, middle >> 4 | high << 4)
+    if WORDS:
+        group = tile.to(tl.int64) * 16 + tl.arange(0, 16)
+        at = packed + row[:, None] * (cols // 8 * 3) + 3 * group[None, :]
+        loaded = (row < rows)[:, None] & (group < cols // 8)[None, :]
+        low = tl.load(at, mask=loaded, other=0)
+        middle = tl.load(at + 1, mask=loaded, other=0)
+        high = tl.load(at + 2, mask=loaded, other=0)
+        # What lies beyond the 24 bits of a pair is dropped below.
+        second, third = (low >> 24 & 0xFF) | middle << 8, (middle >> 16 & 0xFFFF) | high << 16
+        pairs = tl.interleave(tl.interleave(low, third), tl.interleave(second, high >> 8))
+    else:
+        pair = tile.to(tl.int64) * 64 + tl.arange(0, 64)
+        count = (cols + 1) // 2
+        at = packed + row[:, None] * (3 * count) + 3 * pair[None, :]
+        loaded = (row < rows)[:, None] & (pair < count)[None, :]
+        low = tl.load(at, mask=loaded, other=0).to(tl.int32)
+        middle = tl.load(at + 1, mask=loaded, other=0).to(tl.int32)
+        high = tl.load(at + 2, mask=loaded, other=0).to(tl.int32)
+        pairs = low | middle << 8 | high << 16
+    codes = tl.interleave(pairs & 0xFFF, pairs >> 12 & 0xFFF)
     values = (codes << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     scale = tl.load(scales + row * tl.cdiv(cols, 128) + tile, mask=row < rows, other=0.0)
     col = tile.to(tl.int64) * 128 + tl.arange(0, 128)
@@ -249,12 +289,10 @@ def dequantize_kernel(packed, scales, out, rows, cols, ROWS: tl.constexpr):
 
 
 @jit
-def kernel_encode(bits):
+def kernel_encode(values):
+    """`_encode` in Triton."""
+    bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    exponent = magnitude >> 23
     normal = ((magnitude + 0xFFFF + ((magnitude >> 17) & 1)) >> 17) - (112 << 6)
-    shift = tl.minimum(tl.maximum(130 - exponent, 1), 25)
-    whole = (magnitude & 0x7FFFFF) | 0x800000
-    half = tl.full(shift.shape, 1, tl.int32) << (shift - 1)
-    subnormal = (whole + half - 1 + ((whole >> shift) & 1)) >> shift
-    return tl.where(exponent < 113, subnormal, normal) | (((bits >> 31) & 1) << 11)
+    subnormal = (tl.abs(values) + 8.0).to(tl.int32, bitcast=True) - 0x41000000
+    return tl.where(magnitude < (113 << 23), subnormal, normal) | ((bits >> 20) & 0x800)

@@ -16,12 +16,10 @@ infinity would turn the rest of the row to zeros, unnoticed.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.exact import kernel_lane_sum, row_sums
+from kernels.exact import STEP, kernel_lane_sum, row_sums
 from kernels.quantize import (
     TILE,
     TILES,
@@ -34,6 +32,7 @@ from kernels.quantize import (
     quantize_reference,
 )
 
+MIN_EPS = 2.0**-126  # below it, a row of zeros would have the inverse infinity in FP32
 SLAB = 256  # rows that one program of the weight's gradient sums
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -43,16 +42,16 @@ def rmsnorm_quantize(
 ) -> tuple[Quantized, torch.Tensor]:
     """RMSNorm of the rows of `x` in 1x128 tiles [rows, cols], and the inverse RMS of each row [rows] in FP32.
 
-    `x` is [rows, cols] with any strides, `weight` [cols], each FP32 or BF16. Any width will do. `eps` is
-    positive.
+    `x` is [rows, cols] with any strides, `weight` [cols], each FP32 or BF16. Any width will do. `eps`
+    lies between 2**-126, the smallest normal FP32 number, and 1.
 
     Raises:
         TypeError, ValueError: types, shapes, devices or `eps` do not fit.
         RuntimeError: the tensors are on a GPU without FP8 support.
     """
     _check("rmsnorm_quantize", x, weight)
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"rmsnorm_quantize: eps is {eps}; it must be positive and finite")
+    if not MIN_EPS <= eps <= 1:
+        raise ValueError(f"rmsnorm_quantize: eps is {eps}; it must lie between 2**-126 and 1")
     function = rmsnorm_quantize_triton if runs_triton(x) else rmsnorm_quantize_reference
     return function(x, weight, eps, power_of_two=power_of_two)
 
@@ -93,7 +92,10 @@ def rmsnorm_quantize_reference(
     values = x.float()
     total = row_sums(values * values)
     # A tensor as divisor: on a GPU, torch divides by a Python number with its reciprocal.
-    inverse = (total / torch.full_like(total, max(x.shape[1], 1))).add_(eps).sqrt_().reciprocal_()
+    mean = (total / torch.full_like(total, max(x.shape[1], 1))).add_(eps)
+    # The FP32 root of torch is off by one unit on some CPUs. One of FP64 rounds to the right FP32 number even
+    # if its own last bit is wrong: no root of an FP32 number lies that close to a midpoint of two.
+    inverse = mean.double().sqrt_().float().reciprocal_()
     inverse = torch.where(total < torch.inf, inverse, torch.nan)
     product = (values * inverse[:, None]).mul_(weight.float())
     return quantize_reference(product, TILES, power_of_two=power_of_two), inverse
@@ -124,7 +126,7 @@ def rmsnorm_quantize_triton(
         with torch.cuda.device_of(x):
             quantize_kernel[(rows,)](
                 x, weight.contiguous(), codes, scales, inverse, cols, float(eps), x.stride(0), x.stride(1),
-                POWER_OF_TWO=power_of_two, **OPTIONS,
+                POWER_OF_TWO=power_of_two, STEPS=-(-cols // STEP), **OPTIONS,
             )  # fmt: skip
     return Quantized(codes, scales, TILES), inverse
 
@@ -161,25 +163,27 @@ def _check(function: str, x: torch.Tensor, weight: torch.Tensor) -> None:
 
 @jit
 def quantize_kernel(
-    x, weight, codes, scales, inverse, cols, eps, stride_row, stride_col, POWER_OF_TWO: tl.constexpr
-):
-    """One program: one row, eight tiles at a time, read twice (the second time from the cache)."""
+    x, weight, codes, scales, inverse, cols, eps, stride_row, stride_col,
+    POWER_OF_TWO: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One program: one row, kept in registers: STEPS times eight tiles."""
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(cols, 128)
     lanes = tl.zeros((8, 128), dtype=tl.float32)
-    for first in range(0, tiles, 8):
-        values = _load(x + row * stride_row, first, cols, stride_col)
+    kept = ()
+    for step in tl.static_range(STEPS):
+        values = _load(x + row * stride_row, step * 8, cols, stride_col)
         lanes += values * values
+        kept += (values,)
     total = kernel_lane_sum(lanes)
     mean = tl.div_rn(total, tl.maximum(cols, 1).to(tl.float32))
     inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     inverse_rms = tl.where(total < float("inf"), inverse_rms, float("nan"))
     tl.store(inverse + row, inverse_rms)
-    for first in range(0, tiles, 8):
-        tile = first + tl.arange(0, 8)
+    for step in tl.static_range(STEPS):
+        tile = step * 8 + tl.arange(0, 8)
         col = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
-        values = _load(x + row * stride_row, first, cols, stride_col)
-        product = values * inverse_rms * _load(weight, first, cols, 1)
+        product = kept[step] * inverse_rms * _load(weight, step * 8, cols, 1)
         # Past the last column zero times NaN is NaN, but a NaN there changes no tile: the row is all NaN.
         scale = kernel_scale(tl.max(magnitude_bits(product), axis=1), POWER_OF_TWO)
         tl.store(codes + row * cols + col, kernel_encode(product, scale[:, None]), mask=col < cols)

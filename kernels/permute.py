@@ -5,7 +5,7 @@
 
 A token has K experts, one a slot; pair t * K + k is slot k of token t. Rows are pairs sorted by expert, and
 by pair within one. Their number is tokens * K whatever the routing, so no step waits for the device: an
-expert's rows are found by `Plan.offsets`, which stays there.
+expert's rows are found by `Plan.offsets`, which stays there. Rows in FP8 move with the scales of their tiles.
 
 Sums run in FP32 over the slots in order, starting from zero, and each of their operations rounds on its own.
 No result depends on the order in which threads run, and the rows of the kernels are those of the reference
@@ -15,15 +15,19 @@ bit for bit; only the gradient of a weight (a sum over the hidden dimension) may
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import jit, runs_triton, tl
+from kernels.quantize import TILES, Quantized
+
+Rows = TypeVar("Rows", torch.Tensor, Quantized)
 
 MAX_SLOTS = 8  # experts of one token; the kernels unroll over them
 BLOCK = 1024  # columns that one program takes at a time
+BYTE_BLOCK = 2048  # the same for rows of bytes: a thread still loads 16 of them at once
 # Without fusion a product rounds before it is added, as in the reference.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -46,7 +50,7 @@ def plan_rows(experts: torch.Tensor, count: int) -> Plan:
     """The plan for `experts` [tokens, K] (int64 or int32, 0 to count - 1), K from 1 to 8. Runs in PyTorch.
 
     On a GPU the numbers are not checked, since that would wait for the device: rows of an expert that does
-    not exist lie before offsets[0] or after offsets[count].
+    not exist lie after offsets[count], where rows belong to no expert (`kernels.grouped_quantize`).
 
     Raises:
         ValueError, TypeError: the shape, the type, `count` or, on a CPU, an expert's number is wrong.
@@ -66,29 +70,39 @@ def plan_rows(experts: torch.Tensor, count: int) -> Plan:
             raise ValueError(
                 f"permute: experts reach from {low} to {high}; they must lie in 0 to {count - 1}"
             )
-    in_order, pair = experts.reshape(-1).long().sort(stable=True)
+    numbers = experts.reshape(-1).long()
+    # A negative number would otherwise sort before expert 0, among rows that no grouped GEMM writes.
+    in_order, pair = numbers.masked_fill(numbers < 0, count).sort(stable=True)
     place = torch.empty_like(pair)
     place[pair] = torch.arange(len(pair), device=pair.device)
     offsets = torch.searchsorted(in_order, torch.arange(count + 1, device=pair.device))
     return Plan(pair, place.view(experts.shape), offsets)
 
 
-def permute(x: torch.Tensor, experts: torch.Tensor, count: int) -> tuple[torch.Tensor, Plan]:
-    """Rows [tokens * K, hidden] of `x` [tokens, hidden] (FP32 or BF16) sorted by expert, and their plan.
+def permute(x: Rows, experts: torch.Tensor, count: int) -> tuple[Rows, Plan]:
+    """Rows [tokens * K, hidden] of `x` [tokens, hidden] sorted by expert, and their plan.
 
-    `experts` [tokens, K] holds the experts of each token, `count` how many experts there are; some may have
-    no rows, and there may be no tokens. The gradient of a token is the FP32 sum over its rows, slot by slot.
+    `x` is FP32 or BF16, or 1x128 tiles in FP8, whose codes and scales are moved as they are. `experts`
+    [tokens, K] holds the experts of each token, `count` how many there are. Some may have no rows, and
+    there may be no tokens. The gradient of a token is the FP32 sum over its rows, slot by slot; FP8 has none.
 
     Raises:
         ValueError, TypeError: shapes, types, devices or an expert's number (see `plan_rows`) do not fit.
         RuntimeError: the tensors are on a GPU that the kernels do not support.
     """
-    _check_matrix("permute: x", x)
+    in_fp8 = isinstance(x, Quantized)
+    if in_fp8 and x.block != TILES:
+        raise ValueError(f"permute: x is quantised in blocks of {x.block}; use quantize_tiles")
+    if not in_fp8:
+        _check_matrix("permute: x", x)
     plan = plan_rows(experts, count)
     if x.shape[0] != experts.shape[0]:
         raise ValueError(f"permute: x has {x.shape[0]} tokens and experts {experts.shape[0]}")
-    _check_device("permute: x", x, plan)
-    return _Permute.apply(x, plan), plan
+    _check_device("permute: x", x.codes if in_fp8 else x, plan)
+    if not in_fp8:
+        return _Permute.apply(x, plan), plan
+    codes = gather(x.codes.view(torch.uint8), plan).view(x.codes.dtype)
+    return Quantized(codes, gather(x.scales, plan), TILES), plan
 
 
 def unpermute(y: torch.Tensor, plan: Plan, weights: torch.Tensor) -> torch.Tensor:
@@ -183,13 +197,14 @@ def weight_gradient_reference(y: torch.Tensor, grad: torch.Tensor, plan: Plan) -
 
 def gather_triton(x: torch.Tensor, plan: Plan, weights: torch.Tensor | None = None) -> torch.Tensor:
     """The Triton kernel of `gather`."""
-    rows, hidden = len(plan.pair), x.shape[1]
-    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+    (tokens, slots), hidden = plan.place.shape, x.shape[1]
+    out = torch.empty((tokens * slots, hidden), dtype=x.dtype, device=x.device)
+    block = BYTE_BLOCK if x.element_size() == 1 else BLOCK
     if out.numel() > 0:
         with torch.cuda.device_of(x):
-            gather_kernel[(rows, -(-hidden // BLOCK))](
-                x.contiguous(), plan.pair, _or_unused(weights, plan), out, hidden,
-                K=plan.place.shape[1], WEIGHTED=weights is not None, BLOCK=BLOCK, **OPTIONS,
+            gather_kernel[(tokens, -(-hidden // block))](
+                x.contiguous(), plan.place, _or_unused(weights, plan), out, hidden,
+                K=slots, WEIGHTED=weights is not None, BLOCK=block, **OPTIONS,
             )  # fmt: skip
     return out
 
@@ -239,18 +254,20 @@ def _check_device(what: str, x: torch.Tensor, plan: Plan) -> None:
 
 @jit
 def gather_kernel(
-    x, pair, weights, out, hidden,
+    x, place, weights, out, hidden,
     K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK columns of one row."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program: BLOCK columns of one token, read once and written to each of its rows."""
+    token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    source = tl.load(pair + row)
-    values = tl.load(x + source // K * hidden + col, mask=col < hidden)
-    if WEIGHTED:
-        weighted = tl.load(weights + source).to(tl.float32) * values.to(tl.float32)
-        values = weighted.to(out.dtype.element_ty)
-    tl.store(out + row * hidden + col, values, mask=col < hidden)
+    values = tl.load(x + token * hidden + col, mask=col < hidden)
+    for slot in tl.static_range(K):
+        row = tl.load(place + token * K + slot)
+        if WEIGHTED:
+            weighted = tl.load(weights + token * K + slot).to(tl.float32) * values.to(tl.float32)
+            tl.store(out + row * hidden + col, weighted.to(out.dtype.element_ty), mask=col < hidden)
+        else:
+            tl.store(out + row * hidden + col, values, mask=col < hidden)
 
 
 @jit

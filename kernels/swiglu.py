@@ -6,13 +6,14 @@ The report caches the inputs of SwiGLU in FP8 and recomputes its output in the b
 functions take the inputs either as values or as that FP8 cache, and neither writes the output in high
 precision: the forward pass writes the FP8 operand of the next GEMM, the backward pass the gradients.
 
-All arithmetic is FP32, one correctly rounded operation a step; `exact.py` says how that covers the
-exponential and the sum for the weight's gradient. Reference and kernel agree bit for bit in everything they
-return. The exponential is not that of `torch.nn.functional.silu`: against the unfused functions a value may
-differ in its last bits, and a code next to a midpoint by one.
+All arithmetic is FP32, one correctly rounded operation a step; `exact.py` says how that covers the logistic
+function and the sum for the weight's gradient. Reference and kernel agree bit for bit in everything they
+return. The logistic function is not that of `torch.nn.functional.silu`: against the unfused functions a value
+may differ in its last bits, and a code next to a midpoint by one.
 
 The edges are those of `quantize.py`. An infinite gate of either sign gives NaN or infinity, as in
-`torch.nn.functional.silu`, and so spoils its tile.
+`torch.nn.functional.silu`, and so spoils its tile. For gates below -86.6 silu is zero (it is smaller than
+1e-35).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.exact import STEP_TILES, exp_negative, kernel_exp_negative, kernel_lane_sum, row_sums
+from kernels.exact import kernel_lane_sum, kernel_sigmoids, row_sums, sigmoids
 from kernels.quantize import (
     TILE,
     TILES,
@@ -35,6 +36,7 @@ from kernels.quantize import (
 )
 
 BAND_VALUES = 2**16  # values that the reference takes through the exponential at a time
+QUANTIZED_TILES = 16  # that one program quantises: a thread then holds 16 values of one tile
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -119,10 +121,10 @@ def swiglu_quantize_triton(
     codes, scales = empty_quantized(values[:, :width], TILES)
     if codes.numel() > 0:
         with torch.cuda.device_of(values):
-            quantize_kernel[(rows, -(-scales.shape[1] // STEP_TILES))](
+            quantize_kernel[(rows, -(-scales.shape[1] // QUANTIZED_TILES))](
                 values, _scales_of(both), None if weights is None else weights.contiguous(), codes, scales,
                 width, values.stride(0), values.stride(1),
-                WHOLE=width % TILE == 0, POWER_OF_TWO=power_of_two, **OPTIONS,
+                WHOLE=width % TILE == 0, POWER_OF_TWO=power_of_two, TILES=QUANTIZED_TILES, **OPTIONS,
             )  # fmt: skip
     return Quantized(codes, scales, TILES)
 
@@ -159,18 +161,14 @@ def _halves(both: torch.Tensor | Quantized) -> tuple[torch.Tensor, ...]:
 
 
 def _sigmoids(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """sigmoid(gate) and sigmoid(-gate). With exp(-|gate|) nothing overflows and nothing cancels."""
+    """sigmoid(gate) and sigmoid(-gate)."""
     sigmoid = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
     complement = torch.empty_like(sigmoid)
     # Band by band the many steps stay within the processor's cache: twice as fast on a CPU.
     band = max(1, BAND_VALUES // max(1, gate.shape[1]))
     for start in range(0, gate.shape[0], band):
         at = slice(start, start + band)
-        small = exp_negative(-gate[at].abs())
-        one_and_small = small + 1.0
-        negative = gate[at] < 0
-        torch.div(torch.where(negative, small, 1.0), one_and_small, out=sigmoid[at])
-        torch.div(torch.where(negative, 1.0, small), one_and_small, out=complement[at])
+        sigmoid[at], complement[at] = sigmoids(gate[at])
     return sigmoid, complement
 
 
@@ -194,15 +192,15 @@ def _check(function: str, both: torch.Tensor | Quantized, weights: torch.Tensor 
 @jit
 def quantize_kernel(
     both, both_scales, weights, codes, scales, width, stride_row, stride_col,
-    WHOLE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    WHOLE: tl.constexpr, POWER_OF_TWO: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One program: eight tiles of one row. `both_scales` and `weights` may be None."""
+    """One program: TILES tiles of one row. `both_scales` and `weights` may be None."""
     row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1) * 8 + tl.arange(0, 8)
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     col = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
     gate = _load(both, both_scales, row, tile, 0, width, stride_row, stride_col, WHOLE)
     up = _load(both, both_scales, row, tile, width, width, stride_row, stride_col, WHOLE)
-    product = _kernel_sigmoid(gate)[0] * gate * up
+    product = kernel_sigmoids(gate)[0] * gate * up
     if weights is not None:
         product = product * tl.load(weights + row).to(tl.float32)
     scale = kernel_scale(tl.max(magnitude_bits(product), axis=1), POWER_OF_TWO)
@@ -229,7 +227,7 @@ def backward_kernel(
         gate = _load(both, both_scales, row, tile, 0, width, stride_row, stride_col, WHOLE)
         up = _load(both, both_scales, row, tile, width, width, stride_row, stride_col, WHOLE)
         grad = _load(dy, None, row, tile, 0, width, dy_stride_row, dy_stride_col, WHOLE)
-        sigmoid, complement = _kernel_sigmoid(gate)
+        sigmoid, complement = kernel_sigmoids(gate)
         silu = gate * sigmoid
         if weights is not None:
             lanes += grad * (silu * up)
@@ -244,7 +242,7 @@ def backward_kernel(
 
 @jit
 def _load(source, source_scales, row, tile, offset, width, stride_row, stride_col, WHOLE: tl.constexpr):
-    """FP32 values [8, 128] of the `width` columns from `offset` on, zero past the last. With scales: FP8."""
+    """FP32 values [tiles, 128] of `width` columns from `offset` on, zero past the last. With scales: FP8."""
     col = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = col < width
     at = (offset + col).to(tl.int64) * stride_col
@@ -257,13 +255,3 @@ def _load(source, source_scales, row, tile, offset, width, stride_row, stride_co
         else:
             values = values * tl.load(row_scales + (offset + col) // 128, mask=inside, other=1.0)
     return values
-
-
-@jit
-def _kernel_sigmoid(gate):
-    """sigmoid(gate) and sigmoid(-gate), as in `_sigmoids`."""
-    small = kernel_exp_negative(-tl.abs(gate))
-    one_and_small = small + 1.0
-    negative = gate < 0
-    sigmoid = tl.div_rn(tl.where(negative, small, 1.0), one_and_small)
-    return sigmoid, tl.div_rn(tl.where(negative, 1.0, small), one_and_small)

@@ -25,7 +25,12 @@ def cases() -> Iterator[Case]:
                 "vocabulary": "i32",
                 "z_loss": "fp32",
             },
-            constants={"GRADIENT": gradient, "BLOCK": cross_entropy.BLOCK},
+            constants={
+                "IGNORED": cross_entropy.IGNORED,
+                "GRADIENT": gradient,
+                "BLOCK": cross_entropy.BLOCK,
+                "GROUP": 16 // {"bf16": 2, "fp32": 4}[dtype],
+            },
             aligned=("logits", "targets", "losses", *aligned),
             options=cross_entropy.OPTIONS,
             exact=False,

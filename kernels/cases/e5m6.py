@@ -21,8 +21,14 @@ def cases() -> Iterator[Case]:
         yield Case(
             name=f"quantize_e5m6 {dtype} {variant}",
             kernel=e5m6.quantize_kernel,
-            types={"x": f"*{dtype}", "packed": "*u8", "scales": "*fp32", **sizes, **strides},
-            constants={"ROWS": e5m6.ROWS},
+            types={
+                "x": f"*{dtype}",
+                "packed": "*i32" if aligned else "*u8",
+                "scales": "*fp32",
+                **sizes,
+                **strides,
+            },
+            constants={"WORDS": bool(aligned), "ROWS": e5m6.ROWS},
             aligned=("x", "packed", "scales", *aligned),
             options=e5m6.OPTIONS,
         )
@@ -30,8 +36,8 @@ def cases() -> Iterator[Case]:
         yield Case(
             name=f"dequantize_e5m6 {dtype}{variant}",
             kernel=e5m6.dequantize_kernel,
-            types={"packed": "*u8", "scales": "*fp32", "out": f"*{dtype}", **sizes},
-            constants={"ROWS": e5m6.ROWS},
+            types={"packed": "*i32" if aligned else "*u8", "scales": "*fp32", "out": f"*{dtype}", **sizes},
+            constants={"WORDS": bool(aligned), "ROWS": e5m6.ROWS},
             aligned=("packed", "scales", "out", *aligned[:2]),
             options=e5m6.OPTIONS,
         )

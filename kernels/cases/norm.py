@@ -12,18 +12,25 @@ def cases() -> Iterator[Case]:
     strides = {"stride_row": "i32", "stride_col": "1"}
     both_strides = {"dy_stride_row": "i32", "dy_stride_col": "1", **strides}
     even = ("cols", "stride_row")
-    for dtype, aligned, power_of_two in (("bf16", even, False), ("bf16", (), False), ("fp32", even, True)):
+    for dtype, aligned, power_of_two, steps in (
+        ("bf16", even, False, 7),
+        ("bf16", (), False, 2),
+        ("fp32", even, True, 7),
+        ("bf16", even, True, 16),
+    ):
         pointers = {"x": f"*{dtype}", "weight": f"*{dtype}"}
         outputs = {"codes": "*fp8e4nv", "scales": "*fp32", "inverse": "*fp32"}
         name = f"{dtype}{'' if aligned else ' ragged'}"
         yield Case(
-            name=f"rmsnorm_quantize {name}{' 2^n' if power_of_two else ''}",
+            name=f"rmsnorm_quantize {name}{' 2^n' if power_of_two else ''}, {steps} steps",
             kernel=norm.quantize_kernel,
             types={**pointers, **outputs, "cols": "i32", "eps": "fp32", **strides},
-            constants={"POWER_OF_TWO": power_of_two},
+            constants={"POWER_OF_TWO": power_of_two, "STEPS": steps},
             aligned=(*pointers, *outputs, *aligned),
             options=norm.OPTIONS,
         )
+        if steps > 7:  # the kernels below are the same for every width
+            continue
         even_dy = ("dy_stride_row",) if aligned else ()
         pointers = {"dy": f"*{dtype}", **pointers, "inverse": "*fp32"}
         yield Case(

@@ -10,6 +10,15 @@ from kernels.cases.case import Case
 
 def cases() -> Iterator[Case]:
     hidden = {"hidden": "i32"}
+    for aligned in (("hidden",), ()):
+        yield Case(
+            name=f"gather FP8 codes, 8 slots{'' if aligned else ', ragged'}",
+            kernel=permute.gather_kernel,
+            types={"x": "*u8", "place": "*i64", "weights": "*i64", "out": "*u8", **hidden},
+            constants={"K": 8, "WEIGHTED": False, "BLOCK": permute.BYTE_BLOCK},
+            aligned=("x", "place", "weights", "out", *aligned),
+            options=permute.OPTIONS,
+        )
     for slots, dtype, aligned in ((8, "bf16", ("hidden",)), (8, "fp32", ("hidden",)), (1, "bf16", ())):
         name = f"{dtype}, {slots} slots" + ("" if aligned else ", ragged")
         for weighted, weights in ((True, "fp32"), (True, "bf16"), (False, "i64")):
@@ -19,9 +28,9 @@ def cases() -> Iterator[Case]:
             yield Case(
                 name=f"gather {variant}",
                 kernel=permute.gather_kernel,
-                types={"x": f"*{dtype}", "pair": "*i64", **types},
+                types={"x": f"*{dtype}", "place": "*i64", **types},
                 constants=constants,
-                aligned=("x", "pair", "weights", "out", *aligned),
+                aligned=("x", "place", "weights", "out", *aligned),
                 options=permute.OPTIONS,
             )
             yield Case(

@@ -37,6 +37,7 @@ def cases() -> Iterator[Case]:
                 **({} if weights else {"weights": None}),
                 **whole,
                 "POWER_OF_TWO": power_of_two,
+                "TILES": swiglu.QUANTIZED_TILES,
             },
             aligned=(*inputs, *weight, *outputs, *aligned),
             options=swiglu.OPTIONS,

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cross_entropy
-from kernels.cross_entropy import linear_cross_entropy, softmax_reference
+from kernels.cross_entropy import IGNORED, linear_cross_entropy, softmax_reference
 from kernels.metrics import relative_error
 from model.loss import cross_entropy_sum
 
@@ -25,8 +26,8 @@ def exact(
     """Loss and gradients in float64, from all logits at once."""
     leaves = [leaf.detach().double().requires_grad_() for leaf in (states, head)]
     logits = leaves[0] @ leaves[1].t()
-    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    loss = loss + z_loss * logits.logsumexp(dim=1).square().sum()
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+    loss = loss + z_loss * logits.logsumexp(dim=1)[targets != IGNORED].square().sum()
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
@@ -40,6 +41,62 @@ def test_loss_and_gradients_against_float64(shape, z_loss) -> None:
     for value, expected in zip(found, exact(states, head, targets, z_loss), strict=True):
         assert value.shape == expected.shape
         assert (value - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_ignored_positions_count_for_nothing(share, z_loss) -> None:
+    states, head, targets = problem(1100, 6, 40)
+    targets[torch.rand(1100, generator=torch.Generator().manual_seed(1)) < share] = IGNORED
+    counted = int((targets != IGNORED).sum())
+    assert (counted > 0) == (share < 1)
+    expected = exact(states, head, targets, z_loss)
+    for reduction, factor in (("sum", 1.0), ("mean", 1 / max(counted, 1))):
+        loss = linear_cross_entropy(states, head, targets, z_loss, reduction=reduction)
+        found = (loss, *torch.autograd.grad(loss, (states, head)))
+        for value, wanted in zip(found, expected, strict=True):
+            wanted = wanted * factor
+            assert (value - wanted).abs().max() <= 1e-5 * max(1.0, wanted.abs().max())
+        assert found[1][targets == IGNORED].eq(0).all()
+
+
+def test_the_logits_of_an_ignored_position_do_not_matter() -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        logits = torch.zeros(2, 5)
+        logits[0, 3] = bad
+        losses = softmax_reference(logits, torch.tensor([IGNORED, 1]), 0.1, gradient=True)
+        assert losses[0] == 0
+        assert losses[1].isfinite()
+        assert logits[0].eq(0).all()
+        assert logits[1].ne(0).all()
+
+
+def test_pieces_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a BF16 head is made piece by piece."""
+    states, head, targets = problem(50, 16, 130, torch.bfloat16)
+    results = []
+    for piece in (cross_entropy.PIECE, 37):
+        monkeypatch.setattr(cross_entropy, "PIECE", piece)
+        results.append(torch.autograd.grad(linear_cross_entropy(states, head, targets), head)[0])
+    assert relative_error(results[1], results[0]) < 2.0**-8
+    assert relative_error(results[1], exact(states, head, targets, 0.0)[2]) < 0.02
+
+
+def test_memory_never_holds_all_logits() -> None:
+    """No tensor as large as the logits of all positions is ever made."""
+    states, head, targets = problem(4 * cross_entropy.CHUNK, 4, 50)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max(largest, out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Watch():
+        linear_cross_entropy(states, head, targets).backward()
+    assert largest == cross_entropy.CHUNK * 50
 
 
 def test_bf16_errors_are_those_of_its_rounding() -> None:
@@ -141,9 +198,11 @@ def test_bad_input_is_named() -> None:
         linear_cross_entropy(states, head, targets.int())
     with pytest.raises(ValueError, match="head on meta"):
         linear_cross_entropy(states, head.to("meta"), targets)
+    with pytest.raises(ValueError, match='reduction is \'none\'; it must be "sum" or "mean"'):
+        linear_cross_entropy(states, head, targets, reduction="none")
     for z_loss in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="z_loss is"):
             linear_cross_entropy(states, head, targets, z_loss)
     for target in (-1, 9):
-        with pytest.raises(ValueError, match="they must lie in 0 to 8"):
+        with pytest.raises(ValueError, match="they must lie in 0 to 8, or be -100"):
             linear_cross_entropy(states, head, torch.tensor([0, target, 1]))

@@ -1,5 +1,8 @@
 """Fused RMSNorm against float64, against its unfused parts, and its Triton logic by the interpreter."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +62,16 @@ def test_gradients_against_float64(cols) -> None:
     assert relative_error(dweight, expected[1]) < 1e-6
     if cols > 1:
         assert relative_error(dx, expected[0]) < 1e-6
+
+
+def test_the_inverse_is_rounded_at_every_step() -> None:
+    """The mean of one column is its square: what is left are the root and the division."""
+    x = torch.logspace(-12, 12, 100_000)[:, None]
+    _, inverse = rmsnorm_quantize(x, torch.ones(1), EPS)
+    mean = x[:, 0].numpy() ** 2 + np.float32(EPS)
+    assert mean.dtype == np.float32
+    root = np.array([math.sqrt(value) for value in mean.tolist()]).astype(np.float32)
+    assert np.array_equal(inverse.numpy(), np.float32(1) / root)
 
 
 def test_types_of_the_gradients() -> None:
@@ -157,7 +170,7 @@ def test_errors_name_the_fault() -> None:
         rmsnorm_quantize(x, weight.double(), EPS)
     with pytest.raises(ValueError, match="weight is on meta and x on cpu"):
         rmsnorm_quantize(x, weight.to("meta"), EPS)
-    for eps in (0.0, -1.0, float("nan"), float("inf")):
+    for eps in (0.0, -1.0, 1e-46, 1e39, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="eps is"):
             rmsnorm_quantize(x, weight, eps)
     inverse = torch.ones(4)

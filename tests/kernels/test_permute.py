@@ -5,6 +5,7 @@ import torch
 
 from kernels.metrics import relative_error
 from kernels.permute import permute, plan_rows, unpermute
+from kernels.quantize import dequantize, quantize_blocks, quantize_tiles
 
 
 def routed(tokens: int, slots: int, count: int, seed: int = 0) -> torch.Tensor:
@@ -100,6 +101,22 @@ def test_nothing_to_move(shape) -> None:
     assert torch.equal(weights.grad, torch.zeros(shape[0], 2))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (7, 129), (20, 300)])
+def test_fp8_rows_move_with_their_scales(shape) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(shape, generator=generator) * 10.0 ** torch.arange(shape[0])[:, None]
+    if shape[0] > 3:
+        x[3, 128] = torch.nan
+    q, experts = quantize_tiles(x), routed(shape[0], 2, 5)
+    found, plan = permute(q, experts, 5)
+    assert torch.equal(plan.pair, plan_rows(experts, 5).pair)
+    token = plan.pair // 2
+    assert torch.equal(found.codes.view(torch.uint8), q.codes.view(torch.uint8)[token])
+    assert torch.equal(found.scales.view(torch.int32), q.scales.view(torch.int32)[token])
+    # And so they stand for the permuted values.
+    assert torch.equal(dequantize(found).nan_to_num(), permute(dequantize(q), experts, 5)[0].nan_to_num())
+
+
 def test_strided_input() -> None:
     x, weights = torch.randn(5, 8).t(), torch.rand(2, 8).t()
     rows, plan = permute(x, routed(8, 2, 3), 3)
@@ -115,6 +132,10 @@ def test_bad_input_is_named() -> None:
         permute(torch.ones(3), experts, 2)
     with pytest.raises(TypeError, match=r"x is torch\.float64"):
         permute(x.double(), experts, 2)
+    with pytest.raises(ValueError, match=r"permute: x is quantised in blocks of \(128, 128\)"):
+        permute(quantize_blocks(x), experts, 2)
+    with pytest.raises(ValueError, match="x has 2 tokens and experts 3"):
+        permute(quantize_tiles(x[:2]), experts, 2)
     with pytest.raises(ValueError, match="K from 1 to 8"):
         permute(x, torch.zeros(3, 9, dtype=torch.long), 2)
     with pytest.raises(TypeError, match=r"experts are torch\.float32"):

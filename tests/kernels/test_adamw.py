@@ -1,6 +1,10 @@
 """The AdamW step over lists: its definition, any tensors, what it refuses, the table of addresses."""
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
@@ -13,6 +17,18 @@ from kernels.tensor_table import TensorTable
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
 SHAPES = [(40, 30), (7,), (), (0, 3), (1, 1), (300, 129), (50_000,), (1025,)]
+# What a whole, aligned chunk loads and stores: 16 bytes of FP32 a thread.
+ACCESSES = """
+from unittest import mock
+from kernels import check
+from kernels.cases.adamw import cases
+inspect = check._inspect
+for case in cases():
+    found = []
+    with mock.patch.object(check, "_inspect", lambda cubin: found.append(inspect(cubin)) or found[0]):
+        check.compile_case(case)
+    print(case.name, *(found[0][2].count(name) for name in ("LDG.E.128 ", "STG.E.128 ")), sep=";")
+"""
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -264,3 +280,16 @@ def test_the_table_follows_tensors_that_move() -> None:
 @needs_interpreter
 def test_kernels_agree_with_their_references() -> None:
     run_interpreted("interpreted_adamw.py")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_whole_chunks_are_loaded_and_stored_sixteen_bytes_at_a_time() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", ACCESSES], env=environment, capture_output=True, text=True, check=True
+    )
+    counts = {line.split(";")[0]: [int(n) for n in line.split(";")[1:]] for line in done.stdout.splitlines()}
+    assert counts["adamw_step grads fp32"] == [2, 1]
+    assert counts["adamw_step grads fp32, BF16 copy, scaled"] == [2, 1]
+    assert counts["adamw_step grads bf16, BF16 copy, scaled"] == [1, 1]
+    assert counts["grad_norm squares fp32"][0] == 8

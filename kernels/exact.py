@@ -1,4 +1,4 @@
-"""The logistic function and the sum of a row as fixed sequences of correctly rounded FP32 operations.
+"""The logistic function, the sum of a row and square roots, in correctly rounded FP32 operations in a fixed order.
 
 The exponentials of PyTorch and of the GPU are not correctly rounded and differ in their last bits, and
 neither PyTorch nor Triton says in which order it sums. Both would show in FP8 codes. So each is spelled out
@@ -12,10 +12,13 @@ for bit.
   For x below -86.6, sigmoid(x) is zero.
 - A sum: column j goes to lane j modulo 1024, each lane adds its columns from left to right, and neighbouring
   lanes are added in pairs until one is left.
+- A square root needs no sequence: the GPU's (`tl.sqrt_rn`) and NumPy's are correctly rounded. PyTorch's on a
+  CPU may be MKL's, which on some processors is off by one unit in the last place.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from kernels.backend import jit, tl
@@ -59,6 +62,16 @@ def sigmoids(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     inverse = _fma(inverse, _fma(inverse, negative, 1.0).double(), inverse)
     beyond = scaled > LIMIT
     return inverse.masked_fill(beyond, 0.0), exponential.mul_(inverse).masked_fill_(beyond, 1.0)
+
+
+def square_root_(x: torch.Tensor) -> torch.Tensor:
+    """Replace FP32 values, any shape, by their square roots, correctly rounded. Of a negative one: NaN."""
+    if x.device.type != "cpu":
+        return x.sqrt_()
+    values = x.detach().numpy()
+    with np.errstate(invalid="ignore"):
+        np.sqrt(values, out=values)
+    return x
 
 
 def row_sums(x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.exact import STEP, kernel_lane_sum, row_sums
+from kernels.exact import STEP, kernel_lane_sum, row_sums, square_root_
 from kernels.quantize import (
     TILE,
     TILES,
@@ -92,10 +92,8 @@ def rmsnorm_quantize_reference(
     values = x.float()
     total = row_sums(values * values)
     # A tensor as divisor: on a GPU, torch divides by a Python number with its reciprocal.
-    mean = (total / torch.full_like(total, max(x.shape[1], 1))).add_(eps)
-    # The FP32 root of torch is off by one unit on some CPUs. One of FP64 rounds to the right FP32 number even
-    # if its own last bit is wrong: no root of an FP32 number lies that close to a midpoint of two.
-    inverse = mean.double().sqrt_().float().reciprocal_()
+    mean = total / torch.full_like(total, max(x.shape[1], 1))
+    inverse = square_root_(mean.add_(eps)).reciprocal_()
     inverse = torch.where(total < torch.inf, inverse, torch.nan)
     product = (values * inverse[:, None]).mul_(weight.float())
     return quantize_reference(product, TILES, power_of_two=power_of_two), inverse

@@ -36,15 +36,15 @@ from kernels.gemm_tiles import (
     sum_groups,
     whole_groups,
 )
-from kernels.quantize import BLOCKS, TILE, TILES, Quantized, dequantize
+from kernels.quantize import TILE, TILES, Quantized, dequantize
 
 
 def gemm(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """a [M, K] in 1x128 tiles times b [N, K] in 1x128 tiles or 128x128 blocks, transposed: [M, N].
 
     Sums are FP32 whatever the output type (FP32 or BF16). M, N and K are free; any of them may be 0. On a GPU
-    a K that is no multiple of 128 costs a padded copy of both operands' codes, and rows of the output that are
-    no multiple of 16 bytes cost a copy of it.
+    a K that is no multiple of 128 costs a padded copy of both operands' codes, and output rows that are no
+    multiple of 16 bytes cost a copy of the output.
 
     Raises:
         ValueError, TypeError: shapes, blocks, devices or the output type do not fit.
@@ -54,9 +54,9 @@ def gemm(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.float32) -> 
 
 
 def gemm_add(a: Quantized, b: Quantized, out: torch.Tensor) -> None:
-    """out += a @ b.T: what `gemm` sums is added to `out` (FP32, contiguous, [M, N]) once, as it leaves the kernel.
+    """out += a @ b.T for an FP32 matrix `out` [M, N]: wgrad, into the buffer where gradients are summed.
 
-    For wgrad, into the buffer where gradients are summed. K = 0 leaves `out` untouched.
+    The sum of `gemm` is added once, as it leaves the kernel; K = 0 leaves `out` untouched.
 
     Raises:
         ValueError, TypeError: shapes, blocks, devices or `out` do not fit.
@@ -114,7 +114,7 @@ def gemm_reference(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.fl
 
 
 def gemm_add_reference(a: Quantized, b: Quantized, out: torch.Tensor) -> None:
-    """The PyTorch reference, and what runs on a CPU: the sum starts from zero and is added once, as in the kernel."""
+    """The PyTorch reference, and what runs on a CPU: a sum from zero, added once, as in the kernel."""
     _check(a, b)
     _check_out(a, b, out)
     if a.shape[1] > 0:
@@ -179,13 +179,13 @@ def gemm_kernel(
 ):  # fmt: skip
     """Each program walks over output tiles of BLOCK_M x (WIDE + NARROW). K is 128 * GROUPS.
 
-    a, b and the output are TMA descriptors: what lies outside a matrix reads as zero and is not written. `out` is
-    the output's address, given only if it is added to.
+    a, b and the output are TMA descriptors: what lies outside a matrix reads as zero and is not written.
+    `out` is the output's address, given only if it is added to.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, WIDE + NARROW)
-    # Flattened into one loop with that over K, loads run on from a tile into the next. With 1x128 scales of b, or with
-    # an output to read, there are no registers left for that.
+    # Flattened into one loop with that over K, loads run on from a tile into the next. With 1x128 scales of b
+    # or an output to read, there are no registers left for that.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = output_tile(tile, tiles_m, tiles_n, BAND)
         row = tile_m * BLOCK_M

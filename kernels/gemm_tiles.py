@@ -1,14 +1,15 @@
 """How the FP8 GEMMs are cut into output tiles, and the loop that computes one (kernels.gemm, grouped_gemm).
 
-One program a multiprocessor walks over output tiles (a persistent kernel); TMA brings the codes of the next steps
-into shared memory meanwhile. A step multiplies 128 along K, and its products are promoted to FP32 sums on the CUDA
-cores (kernels.gemm says why). So a tile needs its sums in registers and beside them the products of a step: 128x256
-would need 256 registers a thread for these alone. LARGE is 128x192, computed in two pieces: a wide one of 128
-columns, whose products take 64 registers, and a narrow one of 64, which takes 32. The narrow piece runs on the
-tensor cores while the wide one is promoted. What decides is what a step loads for its products:
+One program a multiprocessor walks over output tiles (a persistent kernel), while TMA brings the codes of
+the next steps into shared memory. A step multiplies 128 along K, and its products are promoted to FP32 sums
+on the CUDA cores (kernels.gemm says why). So registers hold the sums of a tile and beside them the products
+of a step: for 128x256, 256 a thread. LARGE is 128x192, computed in two pieces: a wide one of 128 columns,
+whose products take 64 registers, and a narrow one of 64, which takes 32. The narrow piece can run on the
+tensor cores while the wide one is promoted. Tiles are large because a step loads from the L2 cache:
 
     tile      bytes a step   FLOP a byte    L2 traffic at 1,000 TFLOPS
     64x64         16 KB           64              15.6 TB/s
+    64x128        24 KB           85              11.7 TB/s
     128x128       32 KB          128               7.8 TB/s
     128x192       40 KB          154               6.5 TB/s
 """
@@ -33,9 +34,9 @@ FEWEST_STAGES = 3  # steps in shared memory: one in use, one ready, one on its w
 class Config:
     """A launch shape: output tiles of block_m x (wide + narrow), K in steps of 128.
 
-    The wide piece is 128 columns, one block of a weight's scales, or part of one (narrow = 0), so that a piece meets
-    one such scale a step. `num_stages` steps, or as many as fit, wait in shared memory; `per_sm` programs share a
-    multiprocessor.
+    A wide piece is 128 columns, one block of a weight's scales, or lies within one, and so does a narrow
+    piece: each meets one such scale a step. `num_stages` steps, or as many as fit, wait in shared memory;
+    `per_sm` programs share a multiprocessor.
     """
 
     block_m: int
@@ -57,7 +58,7 @@ class Config:
 
     def stages(self, out_bytes: int, shared: int) -> int:
         """Steps that fit into `shared` bytes beside the output tile, of `out_bytes` a value."""
-        room = (shared - 1024) // self.per_sm - self.block_m * self.block_n * out_bytes
+        room = shared - 1024 - self.block_m * self.block_n * out_bytes  # 1024: barriers and scans
         return min(self.num_stages, room // self.step_bytes)
 
     def tiles(self, m: int, n: int) -> int:
@@ -76,18 +77,16 @@ class Config:
 LARGE = Config(block_m=128, wide=128, narrow=64, num_warps=8, num_stages=4)
 MEDIUM = Config(block_m=128, wide=128, narrow=0, num_warps=8, num_stages=5)
 SMALL = Config(block_m=64, wide=64, narrow=0, num_warps=4, num_stages=4, per_sm=2)
-# Where b has 1x128 scales, each column has its own: a thread holds 32 of them for 128 columns, and LARGE spills.
+# Where b has 1x128 scales, each column has its own, 32 of a thread for 128 columns, and LARGE spills.
 BLOCK_CONFIGS = (LARGE, MEDIUM, SMALL)
 TILE_CONFIGS = (MEDIUM, SMALL)
 
 
-def choose(
-    configs: Iterable[Config], m: int, n: int, out_dtype: torch.dtype, device: torch.device
-) -> Config:
+def choose(configs: Iterable[Config], m: int, n: int, out_dtype: torch.dtype, device: torch.device) -> Config:
     """The launch shape for an m x n output: SMALL up to 64 rows, else the one with the least to load.
 
-    That is, with the smallest product of the tiles that the busiest multiprocessor gets and the bytes that a step
-    of one loads; of equals, the first. A shape counts only if the device has shared memory for FEWEST_STAGES.
+    That is, with the smallest product of the tiles that the busiest multiprocessor gets and the bytes that a
+    step of one loads; of equals, the first. A shape counts only if the device has shared memory for it.
     """
     if m <= SMALL.block_m:
         return SMALL
@@ -160,7 +159,7 @@ def pieces(tensor: torch.Tensor, rows: int, config: Config) -> dict[str, Any]:
 
 
 def descriptor(tensor: torch.Tensor, block: list[int]) -> Any:
-    """The TMA descriptor of a tensor, for blocks of the shape `block` (of the last dimensions, one of the others)."""
+    """The TMA descriptor of a tensor, for blocks of shape `block` (in the last dimensions, else 1)."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     whole = [1] * (tensor.dim() - len(block)) + block
@@ -181,8 +180,8 @@ def output_tile(tile, tiles_m, tiles_n, BAND: tl.constexpr):
 def piece_columns(tile_n, WIDE: tl.constexpr, NARROW: tl.constexpr):
     """First columns of the two pieces of a tile.
 
-    In every other tile the narrow piece comes first: so a wide piece of 128 columns is a block of scales, and a
-    narrow one of 64 is half a block.
+    In every other tile the narrow piece comes first: so a wide piece of 128 columns is a block of scales, and
+    a narrow one of 64 is half a block.
     """
     first = tile_n * (WIDE + NARROW)
     if NARROW > 0:
@@ -194,7 +193,7 @@ def piece_columns(tile_n, WIDE: tl.constexpr, NARROW: tl.constexpr):
 
 @jit
 def promote(total, products, a_scale, b_scale, B_TILES: tl.constexpr):
-    """Add the products of a step to FP32 sums. They were summed from zero: a separate addition promotes them."""
+    """FP32 sums plus the products of a step, which were summed from zero: this is the promotion."""
     if B_TILES:
         return total + products * a_scale[:, None] * b_scale[None, :]
     else:
@@ -208,8 +207,8 @@ def sum_groups(
 ):  # fmt: skip
     """FP32 sums of the two pieces of an output tile over `groups` steps, from step `first` on.
 
-    `row` is the first row of the tile in a, `wide_row` and `narrow_row` are those of its pieces in b. Without a
-    narrow piece the wide sums are returned twice.
+    `row` is the first row of the tile in a, `wide_row` and `narrow_row` are those of its pieces in b. Without
+    a narrow piece the wide sums are returned twice.
     """
     wide_total = tl.zeros((BLOCK_M, WIDE), dtype=tl.float32)
     if NARROW > 0:
@@ -221,8 +220,8 @@ def sum_groups(
         if NARROW > 0:
             narrow_scale = tl.load(narrow_scale_at + group * b_scale_stride)
             narrow_codes = narrow_b.load([narrow_row, group * 128])
-        # Loaded last and used first: then the one barrier that a step needs for its loads comes before both products,
-        # and none between them holds up the first warps.
+        # Loaded last and used first: then the barrier that the compiler puts before the first use of the last
+        # load comes before both products, and none between them makes the warps wait for one another.
         wide_codes = wide_b.load([wide_row, group * 128])
         wide_total = promote(wide_total, tl.dot(codes, wide_codes.T), a_scale, wide_scale, B_TILES)
         if NARROW > 0:

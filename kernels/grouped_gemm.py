@@ -39,8 +39,8 @@ from kernels.gemm_tiles import (
 from kernels.grouped_quantize import QuantizedExperts, check_offsets, group_starts
 from kernels.quantize import TILE, TILES, Quantized, dequantize
 
-# The launch shapes that `config_for` may take, and a benchmark can try. Finding a tile's expert takes registers, and
-# with a fourth step in flight LARGE has none left.
+# The launch shapes that `config_for` may take, and a benchmark can try. Finding a tile's expert takes registers,
+# and with a fourth step in flight LARGE has none left.
 CONFIGS = (replace(LARGE, num_stages=3), MEDIUM, SMALL)
 
 
@@ -68,7 +68,7 @@ def grouped_gemm_triton(
     out_dtype: torch.dtype = torch.float32,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """The Triton kernel: what `grouped_gemm` runs on a GPU, in the launch shape `config` or that of `config_for`."""
+    """The Triton kernel: what `grouped_gemm` runs on a GPU, as `config` or `config_for` says."""
     _check(a, b, offsets, out_dtype)
     (tokens, k), (experts, n, _) = a.shape, b.shape
     device = a.codes.device
@@ -127,7 +127,7 @@ def grouped_gemm_k(a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch
 def grouped_gemm_k_triton(
     a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tensor, config: Config | None = None
 ) -> None:
-    """The Triton kernel: what `grouped_gemm_k` runs on a GPU, in the launch shape `config` or that of `choose`."""
+    """The Triton kernel: what `grouped_gemm_k` runs on a GPU, as `config` or `choose` says."""
     _check_k(a, b, offsets, out)
     if out.numel() == 0 or a.shape[1] == 0:
         return
@@ -151,9 +151,7 @@ def grouped_gemm_k_reference(a: Quantized, b: Quantized, offsets: torch.Tensor, 
             out[expert] += total
 
 
-def config_for(
-    tokens: int, experts: int, n: int, out_dtype: torch.dtype, device: torch.device
-) -> Config:
+def config_for(tokens: int, experts: int, n: int, out_dtype: torch.dtype, device: torch.device) -> Config:
     """The launch shape of `grouped_gemm`: SMALL up to a mean of 64 tokens an expert, the host knows no other.
 
     Above, that of `choose` for one matrix of all tokens.
@@ -247,13 +245,14 @@ def _check_k(a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tenso
 def grouped_gemm_kernel(
     a, a_scales, wide_b, narrow_b, b_scales, offsets, wide_out, narrow_out, out,
     TOKENS, NUM_EXPERTS, N, GROUPS, OUT_STRIDE,
-    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, BAND: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """Each program walks over output tiles: the full ones of all experts, their last ones, then rows of no expert.
+    """Each program walks over the full output tiles of all experts, their last ones, then rows of no expert.
 
     a, b (the experts one below the other) and the output are TMA descriptors, `out` is the output's address.
-    K is 128 * GROUPS. Only the full tiles are flattened into one loop with that over K (kernels.gemm): the compiler
-    allows no branch there, and a tile that is not full must not be stored into the rows of the next expert.
+    K is 128 * GROUPS. Only the full tiles are flattened into one loop with that over K (kernels.gemm): the
+    compiler allows no branch there, and a last tile must not be stored into the rows of the next expert.
     """
     tiles_n = tl.cdiv(N, WIDE + NARROW)
     tokens = expert_tokens(offsets, NUM_EXPERTS, EXPERTS)
@@ -275,7 +274,9 @@ def grouped_gemm_kernel(
             narrow_out.store([row, narrow], narrow_total.to(out.dtype.element_ty))
 
     # The program whose turn it is goes on, with wide pieces alone.
-    turn = (tl.program_id(0) + tl.num_programs(0) - tiles_m * tiles_n % tl.num_programs(0)) % tl.num_programs(0)
+    turn = (tl.program_id(0) + tl.num_programs(0) - tiles_m * tiles_n % tl.num_programs(0)) % tl.num_programs(
+        0
+    )
     left_over = expert_tokens(offsets, NUM_EXPERTS, EXPERTS) % BLOCK_M > 0
     last_ends = tl.cumsum(left_over.to(tl.int32), 0)
     tiles_m = tl.max(last_ends, 0)

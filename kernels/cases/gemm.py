@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-
 from kernels import gemm, gemm_tiles, quantize
 from kernels.cases.case import Case
 
 HOPPER = 227 * 1024  # bytes of shared memory that a program may use
 
 
-def piece_types(config: gemm_tiles.Config, out: str, leading: str = "") -> tuple[dict[str, str], dict[str, Any]]:
+def piece_types(
+    config: gemm_tiles.Config, out: str, leading: str = ""
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Types of the descriptors of a launch shape, and the constants in place of absent ones."""
     m, widths = config.block_m, {"wide": config.wide, "narrow": config.narrow}
     types = {"a": f"tensordesc<fp8e4nv[{m},128]>"}
@@ -32,6 +33,11 @@ def tile_constants(config: gemm_tiles.Config) -> dict[str, Any]:
         "NARROW": config.narrow,
         "BAND": gemm_tiles.BAND,
     }
+
+
+def products(config: gemm_tiles.Config) -> int:
+    """Products that a step multiplies: one for each piece."""
+    return 2 if config.narrow else 1
 
 
 def options(config: gemm_tiles.Config, out: str) -> dict[str, Any]:
@@ -75,4 +81,6 @@ def cases() -> Iterator[Case]:
                     aligned=(*scales, "out", "N", "OUT_STRIDE", "B_SCALE_STRIDE"),
                     options=options(config, out),
                     tensor_core=True,
+                    tma=True,
+                    products=products(config),
                 )

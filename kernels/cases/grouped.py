@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kernels import gemm_tiles, grouped_gemm
 from kernels.cases.case import Case
-from kernels.cases.gemm import options, piece_types, tile_constants
+from kernels.cases.gemm import options, piece_types, products, tile_constants
 
 
 def cases() -> Iterator[Case]:
@@ -23,7 +23,7 @@ def _rows() -> Iterator[Case]:
             yield Case(
                 name=f"grouped_gemm {config.block_m}x{config.block_n}, {experts} experts, {out}",
                 kernel=grouped_gemm.grouped_gemm_kernel,
-                types={**types, **pointers, **{size: "i32" for size in sizes}},
+                types={**types, **pointers, **dict.fromkeys(sizes, "i32")},
                 constants={
                     **absent,
                     **tile_constants(config),
@@ -32,6 +32,8 @@ def _rows() -> Iterator[Case]:
                 aligned=(*pointers, "TOKENS", "N", "OUT_STRIDE"),
                 options=options(config, out),
                 tensor_core=True,
+                tma=True,
+                products=products(config) + 1,  # and one for the last tile of an expert
             )
 
 
@@ -51,10 +53,11 @@ def _sums() -> Iterator[Case]:
                     "b": types["wide_b"],
                     "wide_out": types["wide_out"],
                     **pointers,
-                    **{size: "i32" for size in ("NUM_EXPERTS", "N", "K", "GROUPS", *strides)},
+                    **dict.fromkeys(("NUM_EXPERTS", "N", "K", "GROUPS", *strides), "i32"),
                 },
                 constants=constants,
                 aligned=(*pointers, "N", "K", *strides),
                 options=options(config, "fp32"),
                 tensor_core=True,
+                tma=True,
             )

@@ -23,13 +23,14 @@ from kernels.gemm_tiles import (
     BLOCK_CONFIGS,
     TILE_CONFIGS,
     Config,
+    b_pieces,
     choose,
     descriptor,
     empty_rows,
     fits_tma,
+    out_pieces,
     output_tile,
     piece_columns,
-    pieces,
     programs,
     scales_by_group,
     stored_tile,
@@ -132,13 +133,11 @@ def _launch(a: Quantized, b: Quantized, out: torch.Tensor, config: Config | None
     tiles = b.block == TILES
     config = config or choose(configs_for(b.block, add=add), m, n, out.dtype, device)
     b_scales = scales_by_group(b.scales) if tiles else b.scales
-    b_pieces = pieces(whole_groups(b.codes), 0, config)
-    out_pieces = pieces(out, config.block_m, config)
     with torch.cuda.device_of(out):
         gemm_kernel[(programs(config, config.tiles(m, n), device),)](
             descriptor(whole_groups(a.codes), [config.block_m, TILE]), a.scales,
-            b_pieces["wide"], b_pieces["narrow"], b_scales,
-            out_pieces["wide"], out_pieces["narrow"], out if add else None,
+            *b_pieces(whole_groups(b.codes), config), b_scales,
+            *out_pieces(out, config), out if add else None,
             m, n, a.scales.shape[1], b_scales.shape[1] if tiles else 1, out.stride(0),
             B_TILES=tiles, ADD=add, FLATTEN=not (tiles or add),
             BLOCK_M=config.block_m, WIDE=config.wide, NARROW=config.narrow, BAND=BAND,

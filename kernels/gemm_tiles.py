@@ -134,7 +134,7 @@ def scales_by_group(scales: torch.Tensor) -> torch.Tensor:
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialised tensor whose rows start at addresses that TMA can write: the view of a wider one."""
-    width = -(-shape[-1] * dtype.itemsize // 16) * 16 // dtype.itemsize
+    width = _whole_lines(shape[-1], dtype)
     return torch.empty((*shape[:-1], width), dtype=dtype, device=device)[..., : shape[-1]]
 
 
@@ -144,26 +144,33 @@ def fits_tma(out: torch.Tensor) -> bool:
     return out.data_ptr() % 16 == 0 and all(strides)
 
 
-def pieces(tensor: torch.Tensor, rows: int, config: Config) -> dict[str, Any]:
-    """The descriptors of an operand b, or of an output where `rows` > 0, for the wide and the narrow piece.
+def b_pieces(codes: torch.Tensor, config: Config) -> list[Any]:
+    """The TMA descriptors of an operand b for a wide and a narrow piece of the output, None without one."""
+    return [descriptor(codes, [width, TILE]) if width else None for width in (config.wide, config.narrow)]
 
-    A block of b is a piece's columns of the output times 128 along K.
-    """
-    shapes = {
-        name: [rows, width] if rows else [width, TILE]
-        for name, width in (("wide", config.wide), ("narrow", config.narrow))
-    }
-    return {
-        name: descriptor(tensor, shape) if shape[0] * shape[1] else None for name, shape in shapes.items()
-    }
+
+def out_pieces(out: torch.Tensor, config: Config) -> list[Any]:
+    """The TMA descriptors of an output for its wide and its narrow pieces, None without one."""
+    widths = (config.wide, config.narrow)
+    return [descriptor(out, [config.block_m, width]) if width else None for width in widths]
 
 
 def descriptor(tensor: torch.Tensor, block: list[int]) -> Any:
     """The TMA descriptor of a tensor, for blocks of shape `block` (in the last dimensions, else 1)."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from triton.tools.tensor_descriptor import TensorDescriptor  # Triton is optional
 
-    whole = [1] * (tensor.dim() - len(block)) + block
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), whole)
+    # Where a dimension is 1, any stride counts as contiguous, also one that TMA refuses.
+    strides = [1]
+    for size, stride, inner in reversed(
+        list(zip(tensor.shape[:-1], tensor.stride()[:-1], tensor.shape[1:], strict=True))
+    ):
+        strides.insert(0, stride if size > 1 else _whole_lines(inner * strides[0], tensor.dtype))
+    return TensorDescriptor(tensor, list(tensor.shape), strides, [1] * (tensor.dim() - len(block)) + block)
+
+
+def _whole_lines(values: int, dtype: torch.dtype) -> int:
+    """This many values, rounded up to a multiple of 16 bytes: what TMA asks of strides."""
+    return -(-values * dtype.itemsize // 16) * 16 // dtype.itemsize
 
 
 @jit

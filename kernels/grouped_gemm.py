@@ -23,13 +23,14 @@ from kernels.gemm_tiles import (
     SMALL,
     TILE_CONFIGS,
     Config,
+    b_pieces,
     choose,
     descriptor,
     empty_rows,
     fits_tma,
+    out_pieces,
     output_tile,
     piece_columns,
-    pieces,
     programs,
     scales_by_group,
     stored_tile,
@@ -39,8 +40,8 @@ from kernels.gemm_tiles import (
 from kernels.grouped_quantize import QuantizedExperts, check_offsets, group_starts
 from kernels.quantize import TILE, TILES, Quantized, dequantize
 
-# The launch shapes that `config_for` may take, and a benchmark can try. Finding a tile's expert takes registers,
-# and with a fourth step in flight LARGE has none left.
+# The launch shapes that `config_for` may take, and a benchmark can try. Finding the expert of a tile takes
+# registers, and with a fourth step in flight LARGE has none left.
 CONFIGS = (replace(LARGE, num_stages=3), MEDIUM, SMALL)
 
 
@@ -77,15 +78,13 @@ def grouped_gemm_triton(
     out = empty_rows((tokens, n), out_dtype, device)
     config = config or config_for(tokens, experts, n, out_dtype, device)
     b_codes = whole_groups(b.codes)
-    b_pieces = pieces(b_codes.view(-1, b_codes.shape[2]), 0, config)
-    out_pieces = pieces(out, config.block_m, config)
     # The rows of no expert count as one more; each expert can add at most one tile that is not full.
     most = (-(-tokens // config.block_m) + experts) * -(-n // config.block_n)
     with torch.cuda.device_of(out):
         grouped_gemm_kernel[(programs(config, most, device),)](
             descriptor(whole_groups(a.codes), [config.block_m, TILE]), a.scales,
-            b_pieces["wide"], b_pieces["narrow"], b.scales, offsets,
-            out_pieces["wide"], out_pieces["narrow"], out,
+            *b_pieces(b_codes.view(-1, b_codes.shape[2]), config), b.scales, offsets,
+            *out_pieces(out, config), out,
             tokens, experts, n, a.scales.shape[1], out.stride(0),
             EXPERTS=experts_range(experts),
             BLOCK_M=config.block_m, WIDE=config.wide, NARROW=config.narrow, BAND=BAND,
@@ -175,8 +174,8 @@ def _launch_k(
     with torch.cuda.device_of(out):
         grouped_gemm_k_kernel[(programs(config, experts * config.tiles(n, k), device),)](
             descriptor(whole_groups(a.codes), [config.block_m, TILE]), a.scales,
-            pieces(whole_groups(b.codes), 0, config)["wide"], b_scales, offsets,
-            pieces(out, config.block_m, config)["wide"], out,
+            b_pieces(whole_groups(b.codes), config)[0], b_scales, offsets,
+            out_pieces(out, config)[0], out,
             experts, n, k, a.scales.shape[1], b_scales.shape[1], out.stride(0), out.stride(1),
             EXPERTS=experts_range(experts), BLOCK_M=config.block_m, WIDE=config.wide, BAND=BAND,
             **config.options(out.dtype, device),

@@ -1,8 +1,8 @@
 """Run by test_gemm.py and test_grouped_gemm.py in a process of its own, under TRITON_INTERPRET=1.
 
 The GEMMs in every launch shape against their references. Three programs walk over all tiles, outputs are
-poisoned before, scales moved by many powers of two, and sizes ragged: a tile, a scale or a row in the wrong place
-shows.
+poisoned before, scales moved by many powers of two, and sizes ragged: a tile, a scale or a row in the wrong
+place shows.
 """
 
 import itertools
@@ -17,8 +17,8 @@ from kernels.grouped_quantize import QuantizedExperts, token_groups
 from kernels.metrics import relative_error
 from kernels.quantize import BLOCKS, TILES, Quantized, quantize_reference
 
-# M, N, K. 1100 rows are more than one band of output tiles; 385 columns are tiles of both kinds, the wide piece
-# first and the narrow one first, and one that is cut off.
+# M, N, K. 1100 rows are more than one band of output tiles; 385 columns are tiles of both kinds, the wide
+# piece first and the narrow one first, and one that is cut off.
 SHAPES = ((1, 1, 1), (7, 129, 200), (129, 385, 257), (130, 250, 128), (1100, 70, 128))
 
 
@@ -66,14 +66,20 @@ def check_gemm_add(generator: torch.Generator) -> None:
             assert error < 1e-6, (m, n, k, block, config, error)
 
 
-def check_odd_address() -> None:
-    """Codes that start where TMA cannot read are multiplied all the same."""
+def check_odd_addresses() -> None:
+    """Codes that TMA cannot read where they lie are multiplied all the same."""
     storage = torch.zeros(3 * 128 + 1, dtype=torch.uint8).view(torch.float8_e4m3fn)
     codes = storage[1:].view(3, 128)
     codes.view(torch.uint8).copy_(torch.arange(384).remainder(120).view(3, 128))
     a = Quantized(codes, torch.tensor([[1.0], [2.0], [4.0]]), TILES)
     assert codes.data_ptr() % 16
     assert relative_error(gemm.gemm_triton(a, a), gemm.gemm_reference(a, a).double()) < 1e-6
+    weight = quantize_reference(
+        torch.ones(256, 1), BLOCKS
+    ).transpose()  # its rows are 1 apart, and there is one
+    assert weight.codes.stride() == (1, 1)
+    row = quantize_reference(torch.ones(1, 256), TILES)
+    assert abs(gemm.gemm_triton(row, weight).item() - 256) < 1e-3
 
 
 def group_sizes() -> list[list[int]]:
@@ -112,8 +118,8 @@ def check_grouped_gemm(generator: torch.Generator) -> None:
 def check_grouped_gemm_is_gemm(generator: torch.Generator) -> None:
     """Bit for bit one `gemm` for each expert, whatever the launch shapes.
 
-    Codes are small integers: their products sum exactly in any order, as the interpreter sums 128 of them, and
-    only the order in which groups are promoted shows.
+    Codes are small integers: their products sum exactly in any order, and only that in which groups are
+    promoted shows.
     """
     sizes, n, k = [3, 130, 0, 64], 200, 300
     offsets = torch.tensor([0, *itertools.accumulate(sizes)])
@@ -159,7 +165,7 @@ def main() -> None:
     if sys.argv[1] == "gemm":
         check_gemm(generator)
         check_gemm_add(generator)
-        check_odd_address()
+        check_odd_addresses()
     else:
         check_grouped_gemm(generator)
         check_grouped_gemm_is_gemm(generator)

@@ -1,4 +1,4 @@
-"""The logistic function, the sum of a row and square roots, in correctly rounded FP32 operations in a fixed order.
+"""The logistic function, sums of rows and square roots as fixed sequences of correctly rounded operations.
 
 The exponentials of PyTorch and of the GPU are not correctly rounded and differ in their last bits, and
 neither PyTorch nor Triton says in which order it sums. Both would show in FP8 codes. So each is spelled out

@@ -191,7 +191,7 @@ def test_a_gpu_that_the_kernels_do_not_support_is_named(monkeypatch: pytest.Monk
     capability = (9, 0)
     monkeypatch.setattr(mla_tiles.backend, "triton", object())
     assert mla_tiles.runs_triton("mla_attention", Tensor())
-    assert not mla_tiles.supported(torch.zeros(1))
+    assert not mla_tiles.supported(torch.device("cpu"))
 
 
 @needs_interpreter

@@ -4,10 +4,11 @@
 
 Each kernel is compiled as its public function launches it. It must keep within the shared memory of one
 thread block, spill no register and round every operation as IEEE 754 says (no approximate division, no
-flushing of subnormals; only the cross-entropy takes the hardware's exp and log), and a GEMM must load its
-operands by TMA and sum each group of 128 on the FP8 tensor cores (four instructions of 32). Promotions beside
-wgmma are FP32 operations issued while a product is under way; the others wait for it. This shows how the
-kernels compile, not that they are right: that takes their references, and a GPU.
+flushing of subnormals; only the cross-entropy and attention take the hardware's exp and log). A GEMM must load
+its operands by TMA and sum each group of 128 on the FP8 tensor cores (four instructions of 32), and attention
+must multiply BF16 on them. Promotions beside wgmma are FP32 operations issued while a product is under way; the
+others wait for it. This shows how the kernels compile, not that they are right: that takes their references,
+and a GPU.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Compiled:
     spills: int
     approximate: int
     wgmma: int
+    bf16_wgmma: int
     tma_loads: int
     beside_wgmma: int
 
@@ -60,6 +62,8 @@ class Compiled:
             fewest = self.case.products * quantize.TILE // WGMMA_K
             rows.append(at_least(f"{name}: FP8 wgmma", "", self.wgmma, fewest))
             rows.append(Row(f"{name}: promotions beside wgmma", "", self.beside_wgmma))
+        if self.case.bf16_tensor_core:
+            rows.append(at_least(f"{name}: BF16 wgmma", "", self.bf16_wgmma, 1))
         if self.case.tma:
             rows.append(at_least(f"{name}: TMA loads", "", self.tma_loads, 1))
         return rows
@@ -96,6 +100,7 @@ def compile_case(case: Case) -> Compiled:
         spills=sum(" STL" in line or " LDL" in line for line in sass.splitlines()),
         approximate=len(re.findall(r"\.(?:approx|full|ftz)\b", kernel.asm["ptx"])),
         wgmma=sass.count("QGMMA"),
+        bf16_wgmma=sass.count("HGMMA"),
         tma_loads=sass.count("UTMALDG"),
         beside_wgmma=_beside_wgmma(sass),
     )

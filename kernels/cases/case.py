@@ -13,7 +13,8 @@ class Case:
     `types` gives every argument in order; "1" is an integer known to be 1 (a unit stride). Arguments of
     `aligned` are known to be multiples of 16, as the launcher finds them for usual sizes. A kernel that
     is not `exact` uses the hardware's exp and log, which are approximate. A kernel of the FP8 `tensor_core`
-    spells out this many `products` of 128 along K, of operands that `tma` brings.
+    spells out this many `products` of 128 along K, of operands that `tma` brings; one of the
+    `bf16_tensor_core` multiplies BF16.
     """
 
     name: str
@@ -25,4 +26,5 @@ class Case:
     tensor_core: bool = False
     products: int = 1
     tma: bool = False
+    bf16_tensor_core: bool = False
     exact: bool = True

@@ -4,11 +4,11 @@
 
 Each kernel is compiled as its public function launches it. It must keep within the shared memory of one
 thread block, spill no register and round every operation as IEEE 754 says (no approximate division, no
-flushing of subnormals; only the cross-entropy and attention take the hardware's exp and log). A GEMM must load
-its operands by TMA and sum each group of 128 on the FP8 tensor cores (four instructions of 32), and attention
-must multiply BF16 on them. Promotions beside wgmma are FP32 operations issued while a product is under way; the
-others wait for it. This shows how the kernels compile, not that they are right: that takes their references,
-and a GPU.
+flushing of subnormals; only the cross-entropy and attention take the hardware's exp and log). A GEMM must
+load its operands by TMA and sum each group of 128 on the FP8 tensor cores (four instructions of 32), and
+attention must multiply BF16 on them. Promotions beside wgmma are FP32 operations issued while a product is
+under way; the others wait for it. This shows how the kernels compile, not that they are right: that takes
+their references, and a GPU.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ CHUNK = 512
 GPU_CHUNK = 2048
 PIECE = 16384  # rows of the head whose gradient is computed at one time
 
-BLOCK = 16384  # logits of a row that one step of the kernel reads
+STEP_BYTES = 2**15  # bytes of a row that one step of the kernel reads: 32 a thread; with 64, FP32 spills
 # Few programs of many threads: most of the rows in flight then stay in the L2 cache for the second reading.
 OPTIONS = {"num_warps": 32}
 
@@ -148,7 +148,8 @@ def softmax_triton(
         with torch.cuda.device_of(logits):
             softmax_kernel[(rows,)](
                 logits, targets.contiguous(), losses, vocabulary, z_loss,
-                IGNORED=IGNORED, GRADIENT=gradient, BLOCK=BLOCK, GROUP=16 // logits.element_size(), **OPTIONS,
+                IGNORED=IGNORED, GRADIENT=gradient, BLOCK=STEP_BYTES // logits.element_size(),
+                GROUP=16 // logits.element_size(), **OPTIONS,
             )  # fmt: skip
     return losses
 

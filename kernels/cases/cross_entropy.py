@@ -28,7 +28,7 @@ def cases() -> Iterator[Case]:
             constants={
                 "IGNORED": cross_entropy.IGNORED,
                 "GRADIENT": gradient,
-                "BLOCK": cross_entropy.BLOCK,
+                "BLOCK": cross_entropy.STEP_BYTES // {"bf16": 2, "fp32": 4}[dtype],
                 "GROUP": 16 // {"bf16": 2, "fp32": 4}[dtype],
             },
             aligned=("logits", "targets", "losses", *aligned),

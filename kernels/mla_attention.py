@@ -36,10 +36,11 @@ from kernels.mla_tiles import (
     widths,
 )
 
-# 128 queries share what is loaded of a key; with 128 keys a step the tile of scores fills the registers, and
-# two steps of keys and values the shared memory. FP32 products run on no tensor core, and need small tiles.
+# 128 queries share what is loaded of a key. Three stages give a tile of keys a whole step to arrive: with two
+# it is asked for behind the softmax of the step before, and 128 keys a step leave room for two only. FP32
+# products run on no tensor core, and need small tiles.
 CONFIGS = {
-    torch.bfloat16: Config(block_m=128, block_n=128, num_warps=8, num_stages=2),
+    torch.bfloat16: Config(block_m=128, block_n=64, num_warps=8, num_stages=3),
     torch.float32: Config(block_m=32, block_n=16, num_warps=8, num_stages=1),
 }
 

@@ -32,13 +32,13 @@ from kernels.mla_tiles import (
 # Of dq, block_m queries belong to a program, which walks over the keys block_n at a time. With 128 keys a
 # step it would spill.
 DQ_CONFIGS = {
-    torch.bfloat16: Config(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    torch.bfloat16: Config(block_m=128, block_n=64, num_warps=8, num_stages=3),
     torch.float32: Config(block_m=32, block_n=32, num_warps=8, num_stages=1),
 }
 # Of dk and dv, block_n keys belong to a program, which walks over the queries block_m at a time. The sums
 # alone, 320 wide, take 160 registers of a thread: with 64 queries a step it would spill.
 DKV_CONFIGS = {
-    torch.bfloat16: Config(block_m=32, block_n=128, num_warps=8, num_stages=2),
+    torch.bfloat16: Config(block_m=32, block_n=128, num_warps=8, num_stages=3),
     torch.float32: Config(block_m=16, block_n=32, num_warps=8, num_stages=1),
 }
 DELTA_ROWS = 32  # rows that one program of the delta kernel sums

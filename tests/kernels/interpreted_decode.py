@@ -32,7 +32,7 @@ def check_agreement(generator: torch.Generator) -> None:
     for heads, (rank, rotary), page, config, split, first, index in (
         (3, (48, 8), 16, mla_decode.FP32, 64, 0, torch.int64),
         (20, (32, 16), 16, mla_decode.FEW_HEADS, 64, 1, torch.int32),
-        (65, (20, 6), 8, mla_decode.MANY_HEADS, 1024, 16, torch.int64),
+        (65, (20, 6), 8, mla_decode.MANY_HEADS, 64, 64, torch.int64),
     ):
         latents, table = paged_cache(LENGTHS, rank + rotary, page, generator)
         query = torch.randn(len(LENGTHS), heads, rank + rotary, generator=generator)

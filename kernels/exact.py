@@ -38,7 +38,7 @@ EXP_POLYNOMIAL = (
 
 def exp_negative(a: torch.Tensor) -> torch.Tensor:
     """exp(a) of FP32 values a <= 0, any shape. NaN gives NaN; minus infinity gives 0."""
-    a = torch.where(a < EXP_FLOOR, EXP_FLOOR, a)
+    a = a.clamp(min=EXP_FLOOR)
     shifted = (a * LOG2_E).add_(SHIFT)
     n = shifted - SHIFT
     r = a.sub_(n * LN2_HIGH).sub_(n.mul_(LN2_LOW))
@@ -53,13 +53,14 @@ def exp_negative(a: torch.Tensor) -> torch.Tensor:
 
 def row_sums(x: torch.Tensor) -> torch.Tensor:
     """Sums over the columns of an FP32 matrix [rows, cols]: [rows], in the order given above."""
-    lanes = x.new_zeros((x.shape[0], STEP))
+    # Lanes that no column goes to are zero; adding them in pairs changes nothing but the sign of a zero.
+    lanes = x.new_zeros((x.shape[0], min(STEP, 1 << max(x.shape[1] - 1, 0).bit_length())))
     for start in range(0, x.shape[1], STEP):
         step = x[:, start : start + STEP]
         lanes[:, : step.shape[1]] += step
     while lanes.shape[1] > 1:
         lanes = lanes[:, 0::2] + lanes[:, 1::2]
-    return lanes[:, 0]
+    return lanes[:, 0] + 0.0
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:

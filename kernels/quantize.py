@@ -24,6 +24,7 @@ Rules at the edges:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ TILE = 128
 TILES = (1, TILE)
 BLOCKS = (TILE, TILE)
 
+BAND_VALUES = 2**19  # values that the references take at a time
 TILE_ROWS = 32  # rows of 128 values that one program of the tile kernel quantises
 # Launch options. Without fusion every operation rounds on its own, as in the reference.
 TILE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -108,7 +110,7 @@ def quantize_tiles(x: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
         TypeError, ValueError: `x` is not an FP32 or BF16 matrix.
         RuntimeError: `x` is on a GPU without FP8 support.
     """
-    _check_input("quantize_tiles", x)
+    check_input("quantize_tiles", x)
     if runs_triton(x):
         return quantize_tiles_triton(x, power_of_two=power_of_two)
     return quantize_reference(x, TILES, power_of_two=power_of_two)
@@ -121,7 +123,7 @@ def quantize_blocks(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized
         TypeError, ValueError: `w` is not an FP32 or BF16 matrix.
         RuntimeError: `w` is on a GPU without FP8 support.
     """
-    _check_input("quantize_blocks", w)
+    check_input("quantize_blocks", w)
     if runs_triton(w):
         return quantize_blocks_triton(w, power_of_two=power_of_two)
     return quantize_reference(w, BLOCKS, power_of_two=power_of_two)
@@ -129,14 +131,37 @@ def quantize_blocks(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized
 
 def quantize_reference(x: torch.Tensor, block: tuple[int, int], *, power_of_two: bool = False) -> Quantized:
     """The PyTorch reference of both quantisers, on any device: the kernels must agree with it bit for bit."""
-    codes, scales = encode_reference(x, block, power_of_two)
+    codes, scales = encode(lambda rows: x[rows], x.shape, block, x.device, power_of_two)
     return Quantized(codes, scales, block)
 
 
-def encode_reference(
+def encode(
+    values_of: Callable[[slice], torch.Tensor],
+    shape: torch.Size | tuple[int, int],
+    block: tuple[int, int],
+    device: torch.device,
+    power_of_two: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales, by PyTorch, of a matrix whose rows `values_of` gives, in blocks of any size.
+
+    Band by band the steps stay within the processor's cache, and temporary tensors small.
+    """
+    rows, cols = shape
+    codes = torch.empty((rows, cols), dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(_scale_shape((rows, cols), block), dtype=torch.float32, device=device)
+    band = TILE * max(1, BAND_VALUES // (TILE * max(1, cols)))
+    for start in range(0, rows, band):
+        at = slice(start, min(start + band, rows))
+        scale_rows = slice(start // block[0], -(-at.stop // block[0]))
+        # The cast is part of the copy.
+        codes[at], scales[scale_rows] = _scale_band(values_of(at), block, power_of_two)
+    return codes, scales
+
+
+def _scale_band(
     x: torch.Tensor, block: tuple[int, int], power_of_two: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of a matrix in blocks of any height and width."""
+    """Values times the inverse of their scale, and the scales."""
     rows, cols = x.shape
     height, width = block
     scale_rows, scale_cols = _scale_shape(x.shape, block)
@@ -151,7 +176,7 @@ def encode_reference(
     if spoiled.any():
         # The NaN of a product may carry either sign; torch.nan gives the one code 0x7F on every device.
         values.masked_fill_(spoiled[:, None, :, None], torch.nan)
-    return values.view(padded.shape)[:rows, :cols].to(torch.float8_e4m3fn).contiguous(), scales
+    return values.view(padded.shape)[:rows, :cols], scales
 
 
 def quantize_tiles_triton(x: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
@@ -171,14 +196,18 @@ def quantize_tiles_triton(x: torch.Tensor, *, power_of_two: bool = False) -> Qua
 def quantize_blocks_triton(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
     """The Triton kernel for 128x128 blocks: what `quantize_blocks` runs on a GPU."""
     codes, scales = empty_quantized(w, BLOCKS)
-    rows, cols = w.shape
+    launch_blocks(w[None], codes, scales, power_of_two)
+    return Quantized(codes, scales, BLOCKS)
+
+
+def launch_blocks(w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, power_of_two: bool) -> None:
+    """Quantise matrices w [matrices, rows, cols] into `codes` and `scales`, blocks starting anew in each."""
+    matrices, rows, cols = w.shape
     if w.numel() > 0:
         with torch.cuda.device_of(w):
-            blocks_kernel[tuple(scales.shape)](
-                w, codes, scales, rows, cols, w.stride(0), w.stride(1),
-                POWER_OF_TWO=power_of_two, **BLOCK_OPTIONS,
-            )  # fmt: skip
-    return Quantized(codes, scales, BLOCKS)
+            blocks_kernel[(matrices * -(-rows // TILE), -(-cols // TILE))](
+                w, codes, scales, rows, cols, *w.stride(), POWER_OF_TWO=power_of_two, **BLOCK_OPTIONS
+            )
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -202,17 +231,18 @@ def _decode(codes: torch.Tensor) -> torch.Tensor:
 
 def _scales(amax: torch.Tensor, power_of_two: bool) -> torch.Tensor:
     """Scales (FP32) of tiles whose largest magnitudes are `amax` (FP32; NaN where the tile holds one)."""
-    scales = amax / E4M3_MAX
     if power_of_two:
-        bits = scales.view(torch.int32)
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+        # 448 is 1.75 * 2**8: a fraction above 0.75 needs the next power.
+        bits = amax.view(torch.int32)
+        exponent = ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000)).clamp(min=1)
         scales = (exponent << 23).to(torch.int32).view(torch.float32)
-    scales = scales.clamp(min=MIN_SCALE)
+    else:
+        scales = (amax / E4M3_MAX).clamp(min=MIN_SCALE)
     scales = torch.where(amax == 0, 1.0, scales)
     return torch.where(amax.isfinite(), scales, torch.nan)
 
 
-def _scale_shape(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
+def _scale_shape(shape: torch.Size | tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
@@ -233,7 +263,7 @@ def check_values(
         )
 
 
-def _check_input(function: str, x: torch.Tensor) -> None:
+def check_input(function: str, x: torch.Tensor) -> None:
     if x.dim() != 2:
         raise ValueError(f"{function}: the tensor has shape {tuple(x.shape)}; pass a matrix [rows, cols]")
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -259,16 +289,20 @@ def tiles_kernel(
 
 @jit
 def blocks_kernel(
-    w, codes, scales, rows, cols, stride_row, stride_col,
+    w, codes, scales, rows, cols, stride_matrix, stride_row, stride_col,
     POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """One program: one 128x128 block."""
-    row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
+    """One program: one 128x128 block of one matrix."""
+    bands = tl.cdiv(rows, 128)
+    matrix = (tl.program_id(0) // bands).to(tl.int64)
+    row = (tl.program_id(0) % bands).to(tl.int64) * 128 + tl.arange(0, 128)
     col = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
+    w += matrix * stride_matrix
     values = tl.load(w + row[:, None] * stride_row + col[None, :] * stride_col, mask=inside, other=0.0)
     values = values.to(tl.float32)
     scale = kernel_scale(tl.max(tl.max(magnitude_bits(values), axis=1), axis=0), POWER_OF_TWO)
+    codes += matrix * rows * cols
     tl.store(codes + row[:, None] * cols + col[None, :], kernel_encode(values, scale), mask=inside)
     tl.store(scales + tl.program_id(0) * tl.cdiv(cols, 128) + tl.program_id(1), scale)
 
@@ -283,12 +317,12 @@ def magnitude_bits(values):
 @jit
 def kernel_scale(amax_bits, POWER_OF_TWO: tl.constexpr):
     # div_rn is the IEEE division; the operator / compiles to an approximation with other last bits.
-    scale = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0)
     if POWER_OF_TWO:
-        bits = scale.to(tl.int32, bitcast=True)
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
-    scale = tl.maximum(scale, 1.1754943508222875e-38)  # MIN_SCALE
+        exponent = (amax_bits >> 23) - 8 + ((amax_bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+        scale = (tl.maximum(exponent, 1) << 23).to(tl.float32, bitcast=True)
+    else:
+        scale = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0)
+        scale = tl.maximum(scale, 1.1754943508222875e-38)  # MIN_SCALE
     scale = tl.where(amax_bits == 0, 1.0, scale)
     return tl.where(amax_bits < 0x7F800000, scale, float("nan"))
 

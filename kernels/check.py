@@ -4,9 +4,10 @@
 
 Each kernel is compiled as its public function launches it. It must keep within the shared memory of one
 thread block, spill no register and round every operation as IEEE 754 says (no approximate division, no
-flushing of subnormals; only the cross-entropy takes the hardware's exp and log), and a GEMM must sum each
-group of 128 on the FP8 tensor cores (four instructions of 32). This shows how the kernels compile, not that
-they are right: that takes their references, and a GPU.
+flushing of subnormals; only the cross-entropy takes the hardware's exp and log), and a GEMM must load its
+operands by TMA and sum each group of 128 on the FP8 tensor cores (four instructions of 32). Promotions beside
+wgmma are FP32 operations issued while a product is under way; the others wait for it. This shows how the
+kernels compile, not that they are right: that takes their references, and a GPU.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Compiled:
     spills: int
     approximate: int
     wgmma: int
+    tma_loads: int
+    beside_wgmma: int
 
     def rows(self) -> list[Row]:
         """The case's figures, with the limits that they must keep."""
@@ -54,7 +57,11 @@ class Compiled:
         ]
         if self.case.tensor_core:
             # Fewer would mean that part of the product does not run on the FP8 tensor cores.
-            rows.append(at_least(f"{name}: FP8 wgmma", "", self.wgmma, quantize.TILE // WGMMA_K))
+            fewest = self.case.products * quantize.TILE // WGMMA_K
+            rows.append(at_least(f"{name}: FP8 wgmma", "", self.wgmma, fewest))
+            rows.append(Row(f"{name}: promotions beside wgmma", "", self.beside_wgmma))
+        if self.case.tma:
+            rows.append(at_least(f"{name}: TMA loads", "", self.tma_loads, 1))
         return rows
 
 
@@ -88,8 +95,19 @@ def compile_case(case: Case) -> Compiled:
         stack=stack,
         spills=sum(" STL" in line or " LDL" in line for line in sass.splitlines()),
         approximate=len(re.findall(r"\.(?:approx|full|ftz)\b", kernel.asm["ptx"])),
-        wgmma=sum("QGMMA" in line for line in sass.splitlines()),
+        wgmma=sass.count("QGMMA"),
+        tma_loads=sass.count("UTMALDG"),
+        beside_wgmma=_beside_wgmma(sass),
     )
+
+
+def _beside_wgmma(sass: str) -> int:
+    """FP32 multiplications and additions between the issue of an FP8 wgmma and the wait for it."""
+    count, under_way = 0, False
+    for name in re.findall(r"\b(QGMMA|WARPGROUP\.DEPBAR|FFMA)\b", sass):
+        count += under_way and name == "FFMA"
+        under_way = name == "QGMMA" or (under_way and name == "FFMA")
+    return count
 
 
 def _inspect(cubin: bytes) -> tuple[int, int, str]:

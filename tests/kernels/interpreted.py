@@ -1,17 +1,14 @@
 """Run by test_interpreted.py in a process of its own, under TRITON_INTERPRET=1.
 
 Triton's CPU interpreter rounds wrongly when it casts to E4M3, so codes are compared only where the quotient
-is itself an E4M3 value and the cast has nothing to round. Scales, masks, addresses and the GEMM need no such
-care.
+is itself an E4M3 value and the cast has nothing to round. Scales, masks and addresses need no such care.
 """
 
 import itertools
-from unittest import mock
 
 import numpy as np
 import torch
 
-from kernels import grouped_gemm
 from kernels.cross_entropy import softmax_reference, softmax_triton
 from kernels.e5m6 import (
     dequantize_e5m6_reference,
@@ -19,9 +16,6 @@ from kernels.e5m6 import (
     quantize_e5m6_reference,
     quantize_e5m6_triton,
 )
-from kernels.gemm import gemm_reference, gemm_triton
-from kernels.grouped_gemm import grouped_gemm_k_reference, grouped_gemm_k_triton, grouped_gemm_reference
-from kernels.grouped_quantize import QuantizedExperts, token_groups
 from kernels.metrics import relative_error
 from kernels.permute import (
     combine_reference,
@@ -35,7 +29,6 @@ from kernels.permute import (
 from kernels.quantize import (
     BLOCKS,
     TILES,
-    Quantized,
     quantize_blocks_triton,
     quantize_reference,
     quantize_tiles_triton,
@@ -94,90 +87,6 @@ def check_codes(generator: torch.Generator) -> None:
                 shape,
                 block,
             )
-
-
-def random_scales(scales: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Scales moved by many powers of two, so that one in the wrong place cannot hide."""
-    return scales * 2.0 ** torch.randint(-9, 9, scales.shape, generator=generator)
-
-
-def random_tiles(rows: int, cols: int, generator: torch.Generator) -> Quantized:
-    q = quantize_reference(torch.randn(rows, cols, generator=generator), TILES)
-    return Quantized(q.codes, random_scales(q.scales, generator), TILES)
-
-
-def poisoned(*arguments, **options) -> torch.Tensor:
-    """In place of `torch.empty`: what a kernel leaves unwritten shows as NaN."""
-    return torch.full(*arguments, torch.nan, **options)
-
-
-def check_gemm(generator: torch.Generator) -> None:
-    # 1100 rows are more than one band of output tiles.
-    for (m, n, k), block in itertools.product(
-        ((1, 1, 1), (7, 129, 200), (129, 300, 385), (1100, 130, 128)), (BLOCKS, TILES)
-    ):
-        a = random_tiles(m, k, generator)
-        b = quantize_reference(torch.randn(n, k, generator=generator), block)
-        b = Quantized(b.codes, random_scales(b.scales, generator), block)
-        error = relative_error(gemm_triton(a, b), gemm_reference(a, b).double())
-        assert error < 1e-6, (m, n, k, block, error)
-
-
-def group_sizes() -> list[list[int]]:
-    """Tokens of each expert; the last list has more experts than the shortest vector of offsets holds."""
-    many = [size % 3 for size in range(40)]
-    return [[1], [0, 1, 7, 129, 0, 64, 65, 0], [0, 0, 300], [128, 0], many]
-
-
-def backwards(program, tiles_m, tiles_n, BAND):
-    """In place of `output_tile`: tiles from last to first. A tile that writes past its expert then shows."""
-    return tiles_m - 1 - program // tiles_n, program % tiles_n
-
-
-def check_grouped_gemm(generator: torch.Generator) -> None:
-    # `rests` are rows past the last expert. 1100 rows are more than one band of output tiles.
-    rests = (0, 5, 140, 0, 1)
-    shapes = ((129, 200, torch.int32), (300, 128, torch.int64))
-    pairs = enumerate(zip(group_sizes(), rests, strict=True))
-    cases = [(sizes, rest, *shapes[index % 2]) for index, (sizes, rest) in pairs]
-    for sizes, rest, n, k, dtype in (*cases, ([500, 600], 0, 130, 128, torch.int64)):
-        offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=dtype)
-        a = random_tiles(sum(sizes) + rest, k, generator)
-        stacked = [quantize_reference(torch.randn(n, k, generator=generator), BLOCKS) for _ in sizes]
-        codes = torch.stack([q.codes.view(torch.uint8) for q in stacked]).view(torch.float8_e4m3fn)
-        scales = torch.stack([random_scales(q.scales, generator) for q in stacked])
-        b = QuantizedExperts(codes, scales)
-        expected = grouped_gemm_reference(a, b, offsets).double()
-        for order in (grouped_gemm.output_tile, backwards):
-            with mock.patch("torch.empty", poisoned), mock.patch.object(grouped_gemm, "output_tile", order):
-                found = grouped_gemm.grouped_gemm_triton(a, b, offsets)
-            error = relative_error(found, expected)
-            assert error < 1e-6, (sizes, rest, n, k, order, error)
-
-
-def check_grouped_gemm_k(generator: torch.Generator) -> None:
-    for sizes, (n, k), dtype in zip(
-        group_sizes(),
-        ((1, 1), (70, 129), (65, 300), (129, 128), (10, 20)),
-        (torch.int32, torch.int64, torch.int32, torch.int64, torch.int32),
-        strict=True,
-    ):
-        offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=dtype)
-        columns = 128 * token_groups(sum(sizes), len(sizes))
-        a, b = random_tiles(n, columns, generator), random_tiles(k, columns, generator)
-        found = torch.randn(len(sizes), n, k, generator=generator)
-        for expert, size in enumerate(sizes):
-            if size == 0:
-                found[expert] = -0.0
-        expected = found.clone()
-        grouped_gemm_k_triton(a, b, offsets, found)
-        grouped_gemm_k_reference(a, b, offsets, expected)
-        for expert, size in enumerate(sizes):
-            if size == 0:
-                assert found[expert].signbit().all(), (sizes, expert)  # not even 0 was added
-            else:
-                error = relative_error(found[expert], expected[expert].double())
-                assert error < 1e-6, (sizes, n, k, expert, error)
 
 
 def check_e5m6(generator: torch.Generator) -> None:
@@ -269,9 +178,6 @@ def main() -> None:
     check_spoiled_scales()
     check_floor()
     check_codes(generator)
-    check_gemm(generator)
-    check_grouped_gemm(generator)
-    check_grouped_gemm_k(generator)
     check_e5m6(generator)
     check_permute(generator)
     check_e5m6_codes()

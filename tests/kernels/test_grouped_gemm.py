@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.gemm import LARGE, SMALL, gemm
-from kernels.grouped_gemm import config_for, experts_range, grouped_gemm, grouped_gemm_k
+from kernels.gemm import gemm
+from kernels.gemm_tiles import SMALL
+from kernels.grouped_gemm import CONFIGS, config_for, experts_range, grouped_gemm, grouped_gemm_k
 from kernels.grouped_quantize import QuantizedExperts, quantize_experts, quantize_tokens, token_groups
 from kernels.metrics import MAX_ERROR_BF16, relative_error
 from kernels.quantize import TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
+from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
 # Tokens of each expert.
 SIZES = ([5], [0, 1, 7, 129, 0, 128, 3, 0], [0, 0, 0], [64, 300], [127, 257, 1])
@@ -190,9 +192,15 @@ def test_weights_are_quantised_expert_by_expert(shape) -> None:
 
 
 def test_launch_shape_follows_the_mean_expert() -> None:
-    assert config_for(64 * 8, 8) == SMALL
-    assert config_for(64 * 8 + 1, 8) == LARGE
+    sizes = (4096, torch.bfloat16, torch.device("cpu"))
+    assert config_for(64 * 8, 8, *sizes) == SMALL
+    assert config_for(64 * 8 + 1, 8, *sizes) == CONFIGS[0]
     assert [experts_range(e) for e in (1, 32, 33, 256, 257)] == [32, 32, 64, 256, 512]
+
+
+@needs_interpreter
+def test_kernels_agree_with_their_references() -> None:
+    run_interpreted("interpreted_gemm.py", "grouped")
 
 
 def test_errors_name_the_fault() -> None:

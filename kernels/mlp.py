@@ -64,6 +64,7 @@ def fp8_experts(
     weights: torch.Tensor | None = None,
     *,
     power_of_two: bool = False,
+    weight_power_of_two: bool | None = None,
     copies: tuple[FP8Weight, FP8Weight] | None = None,
     main_grads: Pair | None = None,
     queue: WgradQueue | None = None,
@@ -74,7 +75,8 @@ def fp8_experts(
     FP32 or BF16. Rows of expert e are offsets[e] to offsets[e + 1] (int32 or int64, [experts + 1], on the
     same device, never read by the host on a GPU). Each output is multiplied with its weight, if there are
     weights. Rows past the last offset give zeros and zero gradients; an expert without rows gets a gradient
-    of zeros. The options are those of `fp8_mlp`.
+    of zeros. The options are those of `fp8_mlp`; `weight_power_of_two` is for the scales of gate_up and down
+    where they differ from those of activations and gradients, as in the report.
 
     Raises:
         ValueError, TypeError: shapes, types, devices, offsets or options do not fit.
@@ -92,7 +94,8 @@ def fp8_experts(
             f"fp8_experts: weights have shape {tuple(weights.shape)}; x {tuple(x.shape)} "
             f"needs {(x.shape[0],)}"
         )
-    reads = _reads("fp8_experts", gate_up, down, copies, main_grads, queue, power_of_two)
+    powers_of_two = (power_of_two, weight_power_of_two)
+    reads = _reads("fp8_experts", gate_up, down, copies, main_grads, queue, *powers_of_two)
     values, tiles = values_and_tiles(x)
     return FP8SwiGLU.apply(values, gate_up, down, weights, tiles, EachExpert(offsets), *reads)
 
@@ -177,9 +180,10 @@ def _reads(
     main_grads: Pair | None,
     queue: WgradQueue | None,
     power_of_two: bool,
+    weight_power_of_two: bool | None = None,
 ) -> list[FP8Operand]:
     return [
-        FP8Operand(function, weight, copy, main_grad, queue, power_of_two)
+        FP8Operand(function, weight, copy, main_grad, queue, power_of_two, weight_power_of_two)
         for weight, copy, main_grad in zip(
             (gate_up, down), copies or (None, None), main_grads or (None, None), strict=True
         )

@@ -22,25 +22,27 @@ class FP8Operand:
         main_grad: torch.Tensor | None,
         queue: WgradQueue | None,
         power_of_two: bool,
+        weight_power_of_two: bool | None = None,
     ) -> None:
         if copy is not None and copy.shape != weight.shape:
             raise ValueError(
                 f"{function}: copy is of a weight {tuple(copy.shape)} and weight is {tuple(weight.shape)}"
             )
         self.copy, self.power_of_two = copy, power_of_two
+        self._weight_power_of_two = power_of_two if weight_power_of_two is None else weight_power_of_two
         self.target = WgradTarget(weight, main_grad, queue)
 
     def blocks(self, weight: torch.Tensor) -> Quantized | QuantizedExperts:
         """For fprop."""
         if self.copy is not None:
             return self.copy.blocks()
-        return quantize_weight(weight, power_of_two=self.power_of_two)
+        return quantize_weight(weight, power_of_two=self._weight_power_of_two)
 
     def transposed(self, weight: torch.Tensor | None) -> Quantized | QuantizedExperts:
         """For dgrad; `weight` is None where a copy is there."""
         if self.copy is not None:
             return self.copy.transposed()
-        return quantize_weight(weight, power_of_two=self.power_of_two).transpose()
+        return quantize_weight(weight, power_of_two=self._weight_power_of_two).transpose()
 
     def kept(self, weight: torch.Tensor, needed: bool) -> torch.Tensor | None:
         """What `transposed` will want: saved through autograd, which sees that nobody writes it."""

@@ -86,8 +86,8 @@ class Precision:
         """
         from kernels.mlp import fp8_experts
 
-        steps = self._steps(gate_up, down)
-        return fp8_experts(x, gate_up, down, offsets, weights, power_of_two=True, **steps)
+        scales = {"power_of_two": True, "weight_power_of_two": self.power_of_two}
+        return fp8_experts(x, gate_up, down, offsets, weights, **scales, **self._steps(gate_up, down))
 
     def _steps(self, *weights: Tensor) -> dict[str, Any]:
         """`_step` of several weights, as options of a network."""

@@ -76,13 +76,14 @@ def square_root_(x: torch.Tensor) -> torch.Tensor:
 
 def row_sums(x: torch.Tensor) -> torch.Tensor:
     """Sums over the columns of an FP32 matrix [rows, cols]: [rows], in the order given above."""
-    lanes = x.new_zeros((x.shape[0], STEP))
+    # Lanes that no column goes to are zero; adding them in pairs changes nothing but the sign of a zero.
+    lanes = x.new_zeros((x.shape[0], min(STEP, 1 << max(x.shape[1] - 1, 0).bit_length())))
     for start in range(0, x.shape[1], STEP):
         step = x[:, start : start + STEP]
         lanes[:, : step.shape[1]] += step
     while lanes.shape[1] > 1:
         lanes = lanes[:, 0::2] + lanes[:, 1::2]
-    return lanes[:, 0]
+    return lanes[:, 0] + 0.0
 
 
 def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | float) -> torch.Tensor:

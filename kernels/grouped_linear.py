@@ -4,24 +4,30 @@
     dgrad   dx[rows of e] = dy[rows of e] @ W[e]      dy in 1x128 tiles,  W in 128x128 blocks, transposed
     wgrad   dW[e] = dy[rows of e].T @ x[rows of e]    both in tiles of 128 tokens that start in each expert
 
-Everything else is as in `kernels.linear`: the activation waits for the backward pass in FP8 and is quantised
-again along the tokens, the weight is kept as it is and quantised in each pass.
+Everything else is as in `kernels.linear`.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
 
-from kernels.grouped_gemm import grouped_gemm, grouped_gemm_k
-from kernels.grouped_quantize import quantize_experts, quantize_tokens
-from kernels.quantize import TILES, Quantized, dequantize, quantize_tiles
+from kernels.activation import FP8Activation
+from kernels.linear import FP8Linear
+from kernels.operand import FP8Operand, values_and_tiles
+from kernels.products import EachExpert
+from kernels.weight import FP8Weight
+from kernels.wgrad import WgradQueue
 
 
 def fp8_grouped_linear(
-    x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, *, power_of_two: bool = False
+    x: torch.Tensor | FP8Activation,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    power_of_two: bool = False,
+    copy: FP8Weight | None = None,
+    main_grad: torch.Tensor | None = None,
+    queue: WgradQueue | None = None,
 ) -> torch.Tensor:
     """y = x @ weight[e].T for the tokens of each expert e: FP8 products, FP32 sums, forward and backward.
 
@@ -30,15 +36,13 @@ def fp8_grouped_linear(
     same device, never read by the host on a GPU). Rows past the last offset give zeros and zero gradients.
     Each gradient has the type of its tensor; that of an expert without tokens is zero.
 
-    `power_of_two` rounds scales up to powers of two, as the report does for the activation after attention.
-
-    On a CPU the same quantisation runs with FP32 products (the emulation of precision policy `fp8`).
+    An `FP8Activation` as x and the options are those of `fp8_linear`.
 
     Raises:
-        ValueError, TypeError: shapes, types, devices or offsets do not fit.
-        RuntimeError: the tensors are on a GPU without FP8 support.
+        ValueError, TypeError: shapes, types, devices, offsets or options do not fit.
+        RuntimeError: the tensors are on a GPU without FP8 support, or `copy` is used after its scope.
     """
-    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
+    if len(x.shape) != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
         raise ValueError(
             f"fp8_grouped_linear: x is {tuple(x.shape)} and weight {tuple(weight.shape)}; "
             "they must be [tokens, in] and [experts, out, in]"
@@ -48,39 +52,6 @@ def fp8_grouped_linear(
             f"fp8_grouped_linear: x is on {x.device}, weight on {weight.device} and offsets on "
             f"{offsets.device}; move them to one device"
         )
-    return FP8GroupedLinear.apply(x, weight, offsets, power_of_two)
-
-
-class FP8GroupedLinear(torch.autograd.Function):
-    """The autograd function behind `fp8_grouped_linear`: x [tokens, in], weight [experts, out, in]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, power_of_two: bool
-    ) -> torch.Tensor:
-        x_fp8 = quantize_tiles(x, power_of_two=power_of_two)
-        # Only what a backward pass will read is kept alive.
-        cached = (x_fp8.codes, x_fp8.scales) if ctx.needs_input_grad[1] else (None, None)
-        ctx.save_for_backward(*cached, weight if ctx.needs_input_grad[0] else None, offsets)
-        ctx.power_of_two = power_of_two
-        ctx.x_dtype, ctx.weight_dtype, ctx.weight_shape = x.dtype, weight.dtype, weight.shape
-        return grouped_gemm(x_fp8, quantize_experts(weight, power_of_two=power_of_two), offsets, x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        codes, scales, weight, offsets = ctx.saved_tensors
-        power_of_two = ctx.power_of_two
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            weight_fp8 = quantize_experts(weight, power_of_two=power_of_two)
-            dy_fp8 = quantize_tiles(dy, power_of_two=power_of_two)
-            dx = grouped_gemm(dy_fp8, weight_fp8.transpose(), offsets, ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            x = dequantize(Quantized(codes, scales, TILES))
-            x_by_token = quantize_tokens(x, offsets, power_of_two=power_of_two)
-            dy_by_token = quantize_tokens(dy, offsets, power_of_two=power_of_two)
-            dw = torch.zeros(ctx.weight_shape, dtype=torch.float32, device=dy.device)
-            grouped_gemm_k(dy_by_token, x_by_token, offsets, dw)
-            dw = dw.to(ctx.weight_dtype)
-        return dx, dw, None, None
+    read = FP8Operand("fp8_grouped_linear", weight, copy, main_grad, queue, power_of_two)
+    values, tiles = values_and_tiles(x)
+    return FP8Linear.apply(values, weight, tiles, EachExpert(offsets), read, False)

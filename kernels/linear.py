@@ -6,9 +6,12 @@
 
 The activation waits for the backward pass in FP8. There it is dequantised, transposed and quantised again
 along the tokens (section 3.5.2); with power-of-two scales that second rounding only moves exponents, and
-loses only what falls below the new tile's range. The weight is kept as it is (a parameter, so it costs
-nothing) and quantised again in the backward pass. Gradients keep 1x128 tiles: in 128x128 blocks they made a
-16B model diverge (appendix B.2).
+loses only what falls below the new tile's range. The output of attention, for which E4M3 is too coarse twice,
+may wait in E5M6 instead (section 3.3.3). Gradients keep 1x128 tiles: in 128x128 blocks they made a 16B model
+diverge (appendix B.2).
+
+The weight is quantised in each pass, or, given a `copy` (`kernels.weight`), once an optimizer step. When its
+gradient is computed and where it goes is said in `kernels.wgrad`.
 """
 
 from __future__ import annotations
@@ -18,62 +21,96 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.gemm import gemm
-from kernels.quantize import TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
+from kernels.activation import FP8Activation
+from kernels.e5m6 import E5M6, quantize_e5m6
+from kernels.operand import FP8Operand, values_and_tiles
+from kernels.products import OneWeight, Products
+from kernels.quantize import TILES, Quantized, quantize_tiles
+from kernels.weight import FP8Weight
+from kernels.wgrad import WgradQueue
 
 
-def fp8_linear(x: torch.Tensor, weight: torch.Tensor, *, power_of_two: bool = False) -> torch.Tensor:
+def fp8_linear(
+    x: torch.Tensor | FP8Activation,
+    weight: torch.Tensor,
+    *,
+    power_of_two: bool = False,
+    e5m6: bool = False,
+    copy: FP8Weight | None = None,
+    main_grad: torch.Tensor | None = None,
+    queue: WgradQueue | None = None,
+) -> torch.Tensor:
     """y = x @ weight.T with FP8 products and FP32 sums, forward and backward.
 
     x is [..., in], weight [out, in], each FP32 or BF16, on one device; y [..., out] has the type of x. Each
     gradient has the type of its tensor (FP32 for a master weight). There may be no tokens at all, as for an
-    idle expert: y is then empty and the gradient of the weight zero.
+    idle expert: y is then empty and the gradient of the weight zero. Several layers that read the same x can
+    share its codes: an `FP8Activation`.
 
-    `power_of_two` rounds scales up to powers of two, as the report does for the activation after attention.
+    `power_of_two` rounds the scales that are made here up to powers of two. `e5m6` keeps x for the weight
+    gradient in E5M6, and makes its scales powers of two, as the report does for the output of attention.
+    `copy` is the weight in FP8, made by `FP8Weights.of`. `main_grad` (FP32, the weight's shape) takes the
+    weight's gradient, added at the end of its GEMM; autograd then gives the weight none. With a `queue` the
+    backward pass computes the gradient of x alone, and `queue.run()` that of the weight.
 
     On a CPU the same quantisation runs with FP32 products (the emulation of precision policy `fp8`).
 
     Raises:
-        ValueError, TypeError: shapes, types or devices do not fit.
-        RuntimeError: the tensors are on a GPU without FP8 support.
+        ValueError, TypeError: shapes, types, devices or options do not fit.
+        RuntimeError: the tensors are on a GPU without FP8 support, or `copy` is used after its scope.
     """
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+    if weight.dim() != 2 or len(x.shape) < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"fp8_linear: x is {tuple(x.shape)} and weight {tuple(weight.shape)}; "
             "they must be [..., in] and [out, in]"
         )
     if x.device != weight.device:
         raise ValueError(f"fp8_linear: x is on {x.device} and weight on {weight.device}; move one of them")
-    y = FP8Linear.apply(x.reshape(-1, x.shape[-1]), weight, power_of_two)
+    if e5m6 and isinstance(x, FP8Activation):
+        raise ValueError("fp8_linear: e5m6 caches the values of x, and x holds E4M3 codes; pass a tensor")
+    read = FP8Operand("fp8_linear", weight, copy, main_grad, queue, power_of_two)
+    values, tiles = values_and_tiles(x)
+    y = FP8Linear.apply(values, weight, tiles, OneWeight(), read, e5m6)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 class FP8Linear(torch.autograd.Function):
-    """The autograd function behind `fp8_linear`, over matrices: x [tokens, in], weight [out, in]."""
+    """The autograd function behind `fp8_linear` and `fp8_grouped_linear`, over matrices: x [tokens, in]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, power_of_two: bool) -> torch.Tensor:
-        x_fp8 = quantize_tiles(x, power_of_two=power_of_two)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        tiles: Quantized | None,
+        products: Products,
+        read: FP8Operand,
+        e5m6: bool,
+    ) -> torch.Tensor:
+        if tiles is None:
+            tiles = quantize_tiles(x, power_of_two=read.power_of_two or e5m6)
         # Only what a backward pass will read is kept alive.
-        cached = (x_fp8.codes, x_fp8.scales) if ctx.needs_input_grad[1] else (None, None)
-        ctx.save_for_backward(*cached, weight if ctx.needs_input_grad[0] else None)
-        ctx.power_of_two = power_of_two
-        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
-        return gemm(x_fp8, quantize_blocks(weight, power_of_two=power_of_two), x.dtype)
+        cached: tuple[torch.Tensor | None, ...] = (None, None)
+        if ctx.needs_input_grad[1]:
+            wide = quantize_e5m6(x) if e5m6 else None
+            cached = (tiles.codes, tiles.scales) if wide is None else (wide.packed, wide.scales)
+        ctx.save_for_backward(*cached, read.kept(weight, ctx.needs_input_grad[0]))
+        ctx.products, ctx.read, ctx.e5m6 = products, read, e5m6
+        ctx.x_dtype, ctx.cols = x.dtype, x.shape[1]
+        return products.product(tiles, read.blocks(weight), x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, scales, weight = ctx.saved_tensors
-        power_of_two = ctx.power_of_two
+        products, read = ctx.products, ctx.read
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        rows, by_token = products.both_ways(dy, need_x, need_weight, read.power_of_two)
         dx = dw = None
-        if ctx.needs_input_grad[0]:
-            weight_fp8 = quantize_blocks(weight, power_of_two=power_of_two)
-            dy_fp8 = quantize_tiles(dy, power_of_two=power_of_two)
-            dx = gemm(dy_fp8, weight_fp8.transpose(), ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            x = dequantize(Quantized(codes, scales, TILES))
-            x_by_token = quantize_tiles(x.t(), power_of_two=power_of_two)
-            dy_by_token = quantize_tiles(dy.t(), power_of_two=power_of_two)
-            dw = gemm(dy_by_token, x_by_token, ctx.weight_dtype)
-        return dx, dw, None
+        if rows is not None:
+            dx = products.product(rows, read.transposed(weight), ctx.x_dtype)
+        if by_token is not None:
+            cached = E5M6(codes, scales, ctx.cols) if ctx.e5m6 else Quantized(codes, scales, TILES)
+            power_of_two = read.power_of_two or ctx.e5m6
+            dw = read.target.settle(products, by_token, lambda: products.turned(cached, power_of_two))
+        return dx, dw, None, None, None, None

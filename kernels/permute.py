@@ -105,25 +105,27 @@ def permute(x: Rows, experts: torch.Tensor, count: int) -> tuple[Rows, Plan]:
     return Quantized(codes, gather(x.scales, plan), TILES), plan
 
 
-def unpermute(y: torch.Tensor, plan: Plan, weights: torch.Tensor) -> torch.Tensor:
+def unpermute(y: torch.Tensor, plan: Plan, weights: torch.Tensor | None = None) -> torch.Tensor:
     """[tokens, hidden] in the type of `y`: for each token the sum over slots of weight times row.
 
-    y is [tokens * K, hidden] (FP32 or BF16) in the order of `plan`, `weights` [tokens, K] (FP32 or BF16).
-    Each gradient has the type of its tensor.
+    y is [tokens * K, hidden] (FP32 or BF16) in the order of `plan`, `weights` [tokens, K] (FP32 or BF16);
+    without them every weight is 1. Each gradient has the type of its tensor.
 
     Raises:
         ValueError, TypeError: shapes, types or devices do not fit.
         RuntimeError: the tensors are on a GPU that the kernels do not support.
     """
     _check_matrix("unpermute: y", y)
-    _check_matrix("unpermute: weights", weights)
-    if y.shape[0] != len(plan.pair) or weights.shape != plan.place.shape:
+    if y.shape[0] != len(plan.pair) or (weights is not None and weights.shape != plan.place.shape):
+        given = "" if weights is None else f" and weights have shape {tuple(weights.shape)}"
         raise ValueError(
-            f"unpermute: y has {y.shape[0]} rows and weights have shape {tuple(weights.shape)}; "
+            f"unpermute: y has {y.shape[0]} rows{given}; "
             f"the plan needs {len(plan.pair)} and {tuple(plan.place.shape)}"
         )
     _check_device("unpermute: y", y, plan)
-    _check_device("unpermute: weights", weights, plan)
+    if weights is not None:
+        _check_matrix("unpermute: weights", weights)
+        _check_device("unpermute: weights", weights, plan)
     return _Unpermute.apply(y, weights, plan)
 
 
@@ -141,7 +143,7 @@ class _Permute(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, weights: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def forward(ctx: Any, y: torch.Tensor, weights: torch.Tensor | None, plan: Plan) -> torch.Tensor:
         ctx.plan = plan
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weights)
         return combine(y, plan, weights)

@@ -3,19 +3,23 @@
 Tokens arrive sorted by expert; each expert's rows are one contiguous slice. The backward pass is written by
 hand: it recomputes the activation from the saved gate and up values, and writes each expert's weight gradient
 straight into its slice. A row's routing weight goes onto its hidden values, which are fewer than its outputs.
+Under `fp8` all of that is `kernels.mlp`.
 Legend: P (token, expert) pairs, E experts, D hidden, F expert width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.ffn import swiglu, swiglu_backward
+from model.ffn import swiglu_backward
 from model.precision import Precision
+
+if TYPE_CHECKING:
+    from kernels.activation import FP8Activation
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -94,23 +98,18 @@ class RoutedExperts(nn.Module):
         compiled = self.precision.name == "bf16" and self.gate_up_proj.device.type == "cpu"
         return 1 << (mean // 16).bit_length() - 1 if compiled and mean >= 16 else 1
 
-    def forward(self, x_PD: Tensor, counts: list[int], weights_P1: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_PD: Tensor | FP8Activation, counts: list[int] | Tensor, weights_P1: Tensor | None = None
+    ) -> Tensor:
         """Rows sorted by expert, `counts[e]` of them for expert e -> the experts' outputs, same order, each
-        times its weight if weights are given."""
-        if self.precision.name == "fp8":
-            return self._one_by_one(x_PD, counts, weights_P1)
+        times its weight if weights are given. Under `fp8` counts may be a tensor, which stays on its device.
+        """
+        if self.precision.fp8:
+            counts = torch.as_tensor(counts, device=x_PD.device)
+            offsets = F.pad(counts.cumsum(0), (1, 0))
+            weights = None if weights_P1 is None else weights_P1.squeeze(1)
+            return self.precision.fp8_experts(x_PD, self.gate_up_proj, self.down_proj, offsets, weights)
         kind = x_PD.dtype if self.precision.name == "fp32" else torch.bfloat16
         weights = None if weights_P1 is None else weights_P1.to(kind)
         y_PD = _GroupedSwiGLU.apply(x_PD.to(kind), self.gate_up_proj, self.down_proj, weights, counts)
         return y_PD.to(x_PD.dtype)
-
-    def _one_by_one(self, x_PD: Tensor, counts: list[int], weights_P1: Tensor | None) -> Tensor:
-        outputs = []
-        # Unbound at once: the gradient of each index would be as large as all experts.
-        weights = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        for x, (gate_up, down) in zip(x_PD.split(counts), weights, strict=True):
-            if len(x):
-                hidden = swiglu(self.precision.linear(x, gate_up))
-                outputs.append(self.precision.linear(hidden, down))
-        y_PD = torch.cat(outputs) if outputs else x_PD
-        return y_PD if weights_P1 is None else y_PD * weights_P1.to(y_PD.dtype)

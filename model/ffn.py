@@ -5,7 +5,7 @@ Legend: D hidden, F width; the gate and up projections are one matrix [2F, D], g
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from model.precision import Precision
 from model.recompute import remember
+
+if TYPE_CHECKING:
+    from kernels.activation import FP8Activation
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -60,6 +63,8 @@ class SwiGLU(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(hidden, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | FP8Activation) -> Tensor:
+        if self.precision.fp8:
+            return self.precision.fp8_mlp(x, self.gate_up_proj, self.down_proj)
         hidden = swiglu(self.precision.linear(x, self.gate_up_proj))
         return self.precision.linear(hidden, self.down_proj)

@@ -64,8 +64,11 @@ class Gate(nn.Module):
         return biased_SE.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
 
     def _count(self, experts_SK: Tensor, valid_S: Tensor | None) -> Tensor:
-        chosen = experts_SK if valid_S is None else experts_SK[valid_S]
-        return torch.bincount(chosen.flatten(), minlength=self.config.n_routed_experts).float()
+        # Neither bincount nor an index of booleans: both wait for a GPU. Sums of ones are exact.
+        hits_SE = torch.zeros(
+            len(experts_SK), self.config.n_routed_experts, device=experts_SK.device
+        ).scatter_(1, experts_SK, 1.0)
+        return (hits_SE if valid_S is None else hits_SE * valid_S[:, None]).sum(0)
 
     def _balance(self, scores_BTE: Tensor, valid_BT: Tensor | None) -> Tensor:
         """Equations 17-20. f ranks the unbiased affinities and is a constant; the gradient flows through

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from model.heap import keep_freed_memory
+from model.precision import steady_weights
 from model.transformer import Transformer
 
 T = TypeVar("T")
@@ -48,22 +49,28 @@ class Lanes:
 
     def gradients(self, work: Callable[[Transformer, T], R], items: Sequence[T]) -> list[R]:
         """`work(model, item)` for every item, its backward pass included; gradients end up in the model.
+        `work` writes no weight.
 
         Bits are those of calling `work` in order on the model itself.
         """
-        main, results = self.replicas[0], []
-        main.train()
-        for start in range(0, len(items), len(self.replicas)):
-            wave = items[start : start + len(self.replicas)]
-            others = [
-                self._pool.submit(work, replica.train(), item)
-                for replica, item in zip(self.replicas[1:], wave[1:], strict=False)
-                if self._pool is not None
-            ]
-            results.append(work(main, wave[0]))
-            for replica, other in zip(self.replicas[1:], others, strict=False):
-                results.append(other.result())
-                self._add_gradients(replica)
+        results: list[R] = []
+        with steady_weights(replica.precision for replica in self.replicas):
+            for start in range(0, len(items), len(self.replicas)):
+                results += self._wave(work, items[start : start + len(self.replicas)])
+        return results
+
+    def _wave(self, work: Callable[[Transformer, T], R], items: Sequence[T]) -> list[R]:
+        """One item a lane."""
+        main, *twins = self.replicas
+        others = [
+            self._pool.submit(work, replica.train(), item)
+            for replica, item in zip(twins, items[1:], strict=False)
+            if self._pool is not None
+        ]
+        results = [work(main.train(), items[0])]
+        for replica, other in zip(twins, others, strict=False):
+            results.append(other.result())
+            self._add_gradients(replica)
         return results
 
     def _add_gradients(self, replica: Transformer) -> None:

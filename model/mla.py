@@ -9,6 +9,8 @@ query rank, C key-value rank, L cached positions.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,9 @@ from model.norm import RMSNorm
 from model.precision import Precision
 from model.recompute import remember
 from model.yarn import rotate, softmax_scale
+
+if TYPE_CHECKING:
+    from kernels.activation import FP8Activation
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -39,7 +44,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Parameter(torch.empty(c.hidden_size, heads * c.v_head_dim))
         self.scale = softmax_scale(config)
 
-    def queries(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def queries(self, x_BTD: Tensor | FP8Activation, cos: Tensor, sin: Tensor) -> Tensor:
         """Content and rotated parts of every head's query: [B, T, H, N + R]. cos, sin: [T or B,T, R/2]."""
         raw_BTQ = self.precision.linear(x_BTD, self.q_a_proj)
         return remember(self._up_query(raw_BTQ, cos, sin), lambda: self._up_query(raw_BTQ, cos, sin))
@@ -53,7 +58,9 @@ class MultiHeadLatentAttention(nn.Module):
         """What decoding caches: normed latent and rotated shared key, [B, T, C + R]."""
         return torch.cat(self._latent_and_key(x_BTD, cos, sin), dim=-1)
 
-    def _latent_and_key(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _latent_and_key(
+        self, x_BTD: Tensor | FP8Activation, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
         c = self.config
         raw = self.precision.linear(x_BTD, self.kv_a_proj)
         latent, rotary = raw.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
@@ -61,10 +68,10 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None = None) -> Tensor:
         """Expanded form, for training: [B, T, D] -> [B, T, D]; `bounds` are those of `model.attention`."""
-        q_BTHK = self.queries(x_BTD, cos, sin)
+        x = self.precision.operand(x_BTD)
+        q_BTHK = self.queries(x, cos, sin)
         attention = self._attend_fused if fused(x_BTD.device) else self._attend
-        out_BTHV = attention(q_BTHK, *self._latent_and_key(x_BTD, cos, sin), bounds)
-        return self.precision.linear(out_BTHV.flatten(-2), self.o_proj)
+        return self._output(attention(q_BTHK, *self._latent_and_key(x, cos, sin), bounds).flatten(-2))
 
     def _attend_fused(
         self, q_BTHK: Tensor, latent_BTC: Tensor, key_BTR: Tensor, starts_BT: Tensor | None
@@ -90,6 +97,11 @@ class MultiHeadLatentAttention(nn.Module):
         k_BTHK, v_BTHV = both.split((width, both.shape[-1] - width), dim=-1)
         out_BHTV = attend(*(x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV)), self.scale, mask)
         return out_BHTV[..., : self.config.v_head_dim].transpose(1, 2)
+
+    def _output(self, heads: Tensor) -> Tensor:
+        """What the heads give, [..., H * V], back in the residual stream. For its gradient E4M3 is too
+        coarse (§3.3.3)."""
+        return self.precision.linear(heads, self.o_proj, e5m6=True)
 
     def _up_key_value(self, latent_BTC: Tensor, key_BTR: Tensor) -> Tensor:
         """Every head's keys and values side by side in one tensor, [B, T, H, K + V].
@@ -124,4 +136,4 @@ class MultiHeadLatentAttention(nn.Module):
         probs_BHL = scores_BHL.softmax(-1, dtype=torch.float32).to(cache_BLW.dtype)
         mixed_BHC = torch.bmm(probs_BHL, cache_BLW[..., : c.kv_lora_rank])
         out = torch.bmm(mixed_BHC.transpose(0, 1), up_value_HVC.transpose(1, 2)).transpose(0, 1)
-        return self.precision.linear(out.flatten(1), self.o_proj)
+        return self._output(out.flatten(1))

@@ -9,6 +9,7 @@ expert) pairs (S*K), or a few more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +21,27 @@ from model.ffn import SwiGLU
 from model.gate import Gate, Routing
 from model.precision import Precision
 
+if TYPE_CHECKING:
+    from kernels.activation import FP8Activation
+    from kernels.permute import Plan
+
 
 @dataclass
 class Dispatched:
     """Tokens sorted by expert, and the way back. Rows that fill up a block have weight zero."""
 
-    x_PD: Tensor
+    x_PD: Tensor | FP8Activation
     token_P: Tensor  # which token each row came from
     weights_P1: Tensor  # float32, what each row's output is multiplied with
-    counts: list[int]
+    counts: list[int] | Tensor
+    x_SD: Tensor | FP8Activation  # what was sent, for the shared experts
+    plan: Plan | None = None  # under fp8, the way back
 
 
 class MoE(nn.Module):
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
+        self.precision = precision
         self.gate = Gate(config)
         self.experts = RoutedExperts(
             config.n_routed_experts, config.hidden_size, config.moe_intermediate_size, precision
@@ -52,6 +60,8 @@ class MoE(nn.Module):
     def dispatch(self, x_BTD: Tensor, routing: Routing) -> Dispatched:
         """Sort pairs by expert. The stable sort keeps the sum over a token's experts in one fixed order."""
         flat = x_BTD.reshape(-1, x_BTD.shape[-1])
+        if self.precision.fp8:
+            return self._dispatch_fp8(flat, routing)
         pairs = routing.experts_SK.numel()
         experts_P = routing.experts_SK.flatten()
         pair_P = experts_P.argsort(stable=True)
@@ -68,12 +78,34 @@ class MoE(nn.Module):
             token_P,
             weights_P.index_select(0, pair_P)[:, None],
             counts_E.tolist(),
+            flat,
+        )
+
+    def _dispatch_fp8(self, x_SD: Tensor, routing: Routing) -> Dispatched:
+        """Quantised once a token, before it is sent (§3.3.3). Nothing here waits for a GPU."""
+        from kernels.activation import permute_fp8
+        from kernels.permute import plan_rows
+
+        x = self.precision.operand(x_SD, power_of_two=True)
+        plan = plan_rows(routing.experts_SK, self.gate.config.n_routed_experts)
+        return Dispatched(
+            permute_fp8(x, plan),
+            plan.pair // routing.experts_SK.shape[1],
+            routing.weights_SK.flatten().index_select(0, plan.pair)[:, None],
+            plan.offsets.diff(),
+            x,
+            plan,
         )
 
     def combine(self, x_BTD: Tensor, y_PD: Tensor, sent: Dispatched) -> Tensor:
         """Sum of each token's experts, plus the shared expert."""
-        flat = x_BTD.reshape(-1, x_BTD.shape[-1])
-        base = self.shared_experts(flat) if self.shared_experts is not None else torch.zeros_like(flat)
+        base = self.shared_experts(sent.x_SD) if self.shared_experts is not None else None
+        if sent.plan is not None:
+            from kernels.permute import unpermute
+
+            routed = unpermute(y_PD, sent.plan)
+            return (routed if base is None else base + routed).view_as(x_BTD)
+        base = torch.zeros_like(sent.x_SD) if base is None else base
         return base.index_add_(0, sent.token_P, y_PD).view_as(x_BTD)
 
 

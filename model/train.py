@@ -29,6 +29,7 @@ from model.guard import Guard, GuardConfig
 from model.lanes import Lanes
 from model.loss import cross_entropy_sum, next_token_losses
 from model.optim.build import Optimizer
+from model.precision import steady_weights
 from model.recompute import recomputing
 from model.transformer import Transformer
 
@@ -297,10 +298,11 @@ def held_out_loss(
     model.eval()
     device = model.embed_tokens.device
     total, targets = 0.0, 0
-    for start in range(0, rows, batch_rows):
-        batch = source.stream(start, min(batch_rows, rows - start))
-        tokens_BT, counted = batch["tokens"].to(device).long(), batch["loss"].to(device).bool()[:, 1:]
-        states = model(tokens_BT).states_BTD[0][:, :-1][counted]
-        total += float(cross_entropy_sum(states, model.lm_head, tokens_BT[:, 1:][counted]))
-        targets += int(counted.sum())
+    with steady_weights([model.precision]):
+        for start in range(0, rows, batch_rows):
+            batch = source.stream(start, min(batch_rows, rows - start))
+            tokens_BT, counted = batch["tokens"].to(device).long(), batch["loss"].to(device).bool()[:, 1:]
+            states = model(tokens_BT).states_BTD[0][:, :-1][counted]
+            total += float(cross_entropy_sum(states, model.lm_head, tokens_BT[:, 1:][counted]))
+            targets += int(counted.sum())
     return total / max(1, targets), targets

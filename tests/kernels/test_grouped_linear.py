@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from kernels.grouped_linear import FP8GroupedLinear, fp8_grouped_linear
+from kernels.grouped_linear import fp8_grouped_linear
 from kernels.linear import fp8_linear
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
 from kernels.quantize import dequantize, quantize_blocks, quantize_tiles
@@ -77,30 +77,28 @@ def test_is_one_linear_for_each_expert(dtype) -> None:
         alone = fp8_linear(*leaves)
         dx_alone, dw_alone = torch.autograd.grad(alone, leaves, dy[begin:end])
         assert torch.equal(y[begin:end], alone)
-        assert torch.equal(dx[begin:end], dx_alone)
+        # A CPU's product may sum in another order where its operands lie at other addresses.
+        assert begin == end or relative_error(dx[begin:end], dx_alone.double()) < 1e-6
         assert relative_error(dw[e], dw_alone) < 1e-6  # the filled up tile may be summed in another order
 
 
 def test_activation_waits_in_fp8() -> None:
     x, weight, _, offsets = make([10, 30], 256, 64)
-    y = FP8GroupedLinear.apply(
-        x, weight, offsets, False
-    )  # with its last reference the saved tensors would go
+    y = fp8_grouped_linear(x, weight, offsets)  # with its last reference the saved tensors would go
     saved = y.grad_fn.saved_tensors
     assert [(t.dtype, tuple(t.shape)) for t in saved] == [
         (torch.float8_e4m3fn, (40, 256)),
         (torch.float32, (40, 2)),
         (torch.float32, (2, 64, 256)),
-        (torch.int64, (3,)),
     ]
     assert saved[2].data_ptr() == weight.data_ptr()
 
 
 def test_keeps_and_computes_only_what_is_needed() -> None:
     x, weight, dy, offsets = make([5, 0, 2], 130, 9)
-    frozen = FP8GroupedLinear.apply(x, weight.detach(), offsets, False)
+    frozen = fp8_grouped_linear(x, weight.detach(), offsets)
     assert frozen.grad_fn.saved_tensors[:2] == (None, None)
-    first = FP8GroupedLinear.apply(x.detach(), weight, offsets, False)
+    first = fp8_grouped_linear(x.detach(), weight, offsets)
     assert first.grad_fn.saved_tensors[2] is None
     frozen.backward(dy)
     first.backward(dy)

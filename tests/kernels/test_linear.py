@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from kernels.linear import FP8Linear, fp8_linear
+from kernels.activation import FP8Activation, fp8_activation
+from kernels.e5m6 import dequantize_e5m6, quantize_e5m6
+from kernels.linear import fp8_linear
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
 from kernels.quantize import dequantize, quantize_blocks, quantize_tiles
 
@@ -14,6 +16,11 @@ def make(tokens: int, n_in: int, n_out: int, dtype: torch.dtype = torch.float32)
     weight = (torch.randn(n_out, n_in, generator=generator) / n_in**0.5).requires_grad_()
     dy = (torch.randn(tokens, n_out, generator=generator) * 1e-6).to(dtype)
     return x, weight, dy
+
+
+def saved_by(y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """What the layer saved; the node of y itself only gives it its shape."""
+    return y.grad_fn.next_functions[0][0].saved_tensors
 
 
 def through_fp8(x: torch.Tensor, power_of_two: bool) -> torch.Tensor:
@@ -57,8 +64,8 @@ def test_output_and_gradients(tokens, n_in, n_out, dtype, power_of_two) -> None:
 
 def test_activation_waits_in_fp8() -> None:
     x, weight, _ = make(40, 256, 64)
-    y = FP8Linear.apply(x, weight, False)  # with its last reference the saved tensors would go
-    saved = y.grad_fn.saved_tensors
+    y = fp8_linear(x, weight)  # with its last reference the saved tensors would go
+    saved = saved_by(y)
     assert [(t.dtype, tuple(t.shape)) for t in saved] == [
         (torch.float8_e4m3fn, (40, 256)),
         (torch.float32, (40, 2)),
@@ -69,10 +76,10 @@ def test_activation_waits_in_fp8() -> None:
 
 def test_keeps_and_computes_only_what_is_needed() -> None:
     x, weight, dy = make(5, 130, 9)
-    frozen = FP8Linear.apply(x, weight.detach(), False)
-    assert frozen.grad_fn.saved_tensors[:2] == (None, None)
-    first = FP8Linear.apply(x.detach(), weight, False)
-    assert first.grad_fn.saved_tensors[2] is None
+    frozen = fp8_linear(x, weight.detach())
+    assert saved_by(frozen)[:2] == (None, None)
+    first = fp8_linear(x.detach(), weight)
+    assert saved_by(first)[2] is None
     frozen.backward(dy)
     first.backward(dy)
     both_x, both_w = torch.autograd.grad(fp8_linear(x, weight), (x, weight), dy)
@@ -131,6 +138,55 @@ def test_nan_reaches_output_and_gradients() -> None:
     assert y[3].isnan().all()
     assert y[[0, 1, 2, 4, 5]].isfinite().all()
     assert weight.grad[:, 5].isnan().all()
+
+
+def test_the_output_of_attention_waits_in_e5m6() -> None:
+    """The forward pass reads E4M3; the weight gradient reads what 12 bits kept, quantised once more."""
+    x, weight, dy = make(200, 384, 40, torch.bfloat16)
+    y = fp8_linear(x, weight, e5m6=True)
+    saved = saved_by(y)
+    assert [(t.dtype, tuple(t.shape)) for t in saved] == [
+        (torch.uint8, (200, 576)),
+        (torch.float32, (200, 3)),
+        (torch.float32, (40, 384)),
+    ]
+    y.backward(dy)
+    w8 = dequantize(quantize_blocks(weight.detach())).double()
+    assert relative_error(y, through_fp8(x.detach(), True).double() @ w8.t()) < MAX_ERROR_BF16
+    kept = dequantize_e5m6(quantize_e5m6(x.detach()))
+    dy8 = through_fp8(dy.t(), False).double()
+    expected = dy8 @ through_fp8(kept.t(), True).double().t()
+    assert relative_error(weight.grad, expected) < MAX_ERROR_FP32
+    # One rounding to E4M3 instead of two, with nothing else in the way.
+    exact = dy8 @ x.detach().double()
+    (coarse,) = torch.autograd.grad(fp8_linear(x, weight), weight, dy)
+    assert relative_error(weight.grad, exact) < 0.9 * relative_error(coarse, exact)
+    with pytest.raises(ValueError, match="e5m6 caches the values"):
+        fp8_linear(fp8_activation(x), weight, e5m6=True)
+
+
+def test_layers_with_one_input_share_its_codes() -> None:
+    x, weight, dy = make(30, 256, 64)
+    other = weight.detach().flip(0).requires_grad_()
+    shared = fp8_activation(x.view(5, 6, 256))
+    first, second = fp8_linear(shared, weight), fp8_linear(shared, other)
+    assert first.shape == (5, 6, 64)
+    assert saved_by(first)[0].data_ptr() == saved_by(second)[0].data_ptr() == shared.tiles.codes.data_ptr()
+    assert shared.anchor.untyped_storage().nbytes() == 4
+    assert shared.anchor.isnan().all()
+    found = torch.autograd.grad((first, second), (x, weight, other), (dy.view(5, 6, 64), dy.view(5, 6, 64)))
+    alone = [torch.autograd.grad(fp8_linear(x, w), (x, w), dy) for w in (weight, other)]
+    assert torch.equal(found[0], alone[0][0] + alone[1][0])
+    assert torch.equal(found[1], alone[0][1])
+    assert torch.equal(found[2], alone[1][1])
+    plain = fp8_linear(fp8_activation(x.detach()), weight.detach())
+    assert not plain.requires_grad
+    with pytest.raises(ValueError, match=r"anchor is \(30, 128\)"):
+        FP8Activation(shared.tiles, torch.ones(30, 128))
+    with pytest.raises(TypeError, match="float64"):
+        FP8Activation(shared.tiles, torch.ones(30, 256, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"blocks are \(128, 128\)"):
+        FP8Activation(quantize_blocks(x.detach()), x)
 
 
 def test_there_is_no_second_derivative() -> None:

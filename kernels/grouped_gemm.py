@@ -39,6 +39,7 @@ from kernels.gemm_tiles import (
 )
 from kernels.grouped_quantize import QuantizedExperts, check_offsets, group_starts
 from kernels.quantize import TILE, TILES, Quantized, dequantize
+from kernels.square import experts_range
 
 # The launch shapes that `config_for` may take, and a benchmark can try. Finding the expert of a tile takes
 # registers, and with a fourth step in flight LARGE has none left.
@@ -160,11 +161,6 @@ def config_for(tokens: int, experts: int, n: int, out_dtype: torch.dtype, device
     return choose(CONFIGS, tokens, n, out_dtype, device)
 
 
-def experts_range(experts: int) -> int:
-    """Length of the vector, a power of two from 32 on, in which a kernel reads the offsets of all experts."""
-    return 1 << max(experts - 1, 31).bit_length()
-
-
 def _launch_k(
     a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tensor, config: Config | None
 ) -> None:
@@ -284,7 +280,8 @@ def grouped_gemm_kernel(
         tile_m, tile_n = output_tile(tile, tiles_m, tiles_n, BAND)
         expert = tl.sum((last_ends <= tile_m).to(tl.int32), 0)
         begin = tl.load(offsets + expert).to(tl.int32)
-        end = tl.load(offsets + expert + 1).to(tl.int32)
+        # Offsets are not checked on a GPU: wrong ones must not lead outside of the operands.
+        end = min(tl.load(offsets + expert + 1).to(tl.int32), TOKENS)
         row = end - (end - begin) % BLOCK_M
         col = tile_n * WIDE
         total, _ = expert_sums(
@@ -343,7 +340,7 @@ def grouped_gemm_k_kernel(
         expert = tile // (tiles_m * tiles_n)
         tile_m, tile_n = output_tile(tile % (tiles_m * tiles_n), tiles_m, tiles_n, BAND)
         first = tl.sum(tl.where(index < expert, filled, 0), 0)
-        groups = tl.sum(tl.where(index == expert, filled, 0), 0)
+        groups = min(tl.sum(tl.where(index == expert, filled, 0), 0), GROUPS - first)
         row = tile_m * BLOCK_M
         col = tile_n * WIDE
         rows = row + tl.arange(0, BLOCK_M)

@@ -98,7 +98,7 @@ def _with_columns(x: torch.Tensor, cols: int) -> torch.Tensor:
 
 
 def experts_range(experts: int) -> int:
-    """Length of the vector, a power of two, in which a program reads the offsets of all experts."""
+    """Length of the vector, a power of two of at least 32, in which a program reads all offsets."""
     return 1 << max(experts - 1, 31).bit_length()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels import gemm_tiles, grouped_gemm
+from kernels import gemm_tiles, grouped_gemm, square
 from kernels.cases.case import Case
 from kernels.cases.gemm import options, piece_types, products, tile_constants
 
@@ -27,7 +27,7 @@ def _rows() -> Iterator[Case]:
                 constants={
                     **absent,
                     **tile_constants(config),
-                    "EXPERTS": grouped_gemm.experts_range(experts),
+                    "EXPERTS": square.experts_range(experts),
                 },
                 aligned=(*pointers, "TOKENS", "N", "OUT_STRIDE"),
                 options=options(config, out),
@@ -43,7 +43,7 @@ def _sums() -> Iterator[Case]:
             types, _ = piece_types(config, "fp32", leading="1,")
             pointers = {"a_scales": "*fp32", "b_scales": "*fp32", "offsets": f"*{offsets}", "out": "*fp32"}
             strides = ("B_SCALE_STRIDE", "EXPERT_STRIDE", "OUT_STRIDE")
-            constants = {**tile_constants(config), "EXPERTS": grouped_gemm.experts_range(experts)}
+            constants = {**tile_constants(config), "EXPERTS": square.experts_range(experts)}
             del constants["NARROW"]
             yield Case(
                 name=f"grouped_gemm_k {config.block_m}x{config.block_n}, {experts} experts",

@@ -1,12 +1,14 @@
 """Check the kernels against float64, or time them on the shapes of the model.
 
     python -m kernels.bench --check [--only NAME] [--seed N] [--json FILE]
-    python -m kernels.bench [--only NAME] [--seed N] [--json FILE]
+    python -m kernels.bench [--sweep] [--only NAME] [--seed N] [--json FILE]
 
 With --check every function of this folder that has a kernel is compared with an independent computation, and
 on a GPU its bits with those of its reference. Otherwise the kernels are timed on a GPU, beside peers and
 ceilings measured in the same run. On a CPU only the references run: their times say what emulating FP8 costs
-there, and nothing about the kernels. Times are medians; peers run in turns with ours.
+there, and nothing about the kernels. Times are medians; peers run in turns with ours. With --sweep kernels
+that can be launched in several shapes run in all of them: the best for each layer is printed, and all are
+written to FILE.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 
 from kernels.bench import entries
 from kernels.bench.errors import check
+from kernels.bench.sweep import sweep_gpu
 from kernels.bench.table import by_case, line
 from kernels.bench.times import time_cpu, time_gpu
 from kernels.figures import Row, show, write
@@ -30,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m kernels.bench", description="Check or time every kernel of this folder."
     )
     parser.add_argument("--check", action="store_true", help="errors against float64, and no times")
+    parser.add_argument("--sweep", action="store_true", help="on a GPU: every launch shape, and the best")
     parser.add_argument("--only", metavar="NAME", help="one family or one function alone")
     parser.add_argument("--seed", type=int, metavar="N", help="of the random inputs; another one every time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
@@ -41,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     seed = torch.seed() % 2**31 if options.seed is None else options.seed
     print(f"seed {seed}")
     on_gpu = torch.cuda.is_available()
+    if options.sweep and (options.check or not on_gpu):
+        parser.error("--sweep times kernels on a GPU; there is none, or --check was given too")
     if not on_gpu:
         print("No CUDA device: the PyTorch references run here; the Triton kernels are not run.")
     rows: list[Row] = []
@@ -49,11 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
             print(show([row]), flush=True)
             rows.append(row)
     else:
-        for found in (time_gpu if on_gpu else time_cpu)(chosen, seed):
+        timed = sweep_gpu if options.sweep else time_gpu if on_gpu else time_cpu
+        for found in timed(chosen, seed):
             cases = by_case(found)
             for name, of_case in cases.items():
                 print(line(name, of_case), flush=True)
-            others = [row for row in found if row.name not in cases]
+            others = [
+                row for row in found if row.name not in cases and not (options.sweep and _one_of_many(row))
+            ]
             if others:
                 print(show(others), flush=True)
             rows += found
@@ -61,6 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         write(options.json, rows)
     return _summary(rows, options.check)
+
+
+def _one_of_many(row: Row) -> bool:
+    """Whether a row of a sweep is one of many: neither the best of its layer nor a failure."""
+    return row.ratio is None and row.holds is None
 
 
 def _print_missing(rows: list[Row]) -> None:

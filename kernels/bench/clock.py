@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-# Written before every timed call: larger than any L2 cache, and long enough (a third of a millisecond) that
-# the host has queued the call before the GPU reaches it.
-FLUSH_BYTES = 2**30
+# Written before every timed call: larger than any L2 cache, and long enough to write (most of a millisecond)
+# that the host has queued the call, of many launches perhaps, before the GPU reaches it.
+FLUSH_BYTES = 2**31
 COPY_BYTES = 2**31
 PRODUCT = 8192
 
 Call = Callable[[], object]
-Clock = Callable[[Call], tuple[float, float]]
+Clock = Callable[[Call], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Ceilings:
         return self.product if unit == "TFLOPS" else self.copy
 
 
-def cpu_clock(call: Call) -> tuple[float, float]:
+def cpu_clock(call: Call) -> tuple[float, ...]:
     """Milliseconds of one call: wall clock, and CPU time of the process."""
     wall, cpu = time.perf_counter(), time.process_time()
     call()
@@ -38,33 +38,28 @@ def cpu_clock(call: Call) -> tuple[float, float]:
 
 
 def gpu_clock() -> Clock:
-    """Milliseconds of one call on the GPU, by its own events, and CPU time of the process."""
+    """Milliseconds of one call on the GPU, by its own events."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def clock(call: Call) -> tuple[float, float]:
+    def clock(call: Call) -> tuple[float, ...]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
         start.record()
-        cpu = time.process_time()
         call()
-        cpu = time.process_time() - cpu
         end.record()
         end.synchronize()
-        return start.elapsed_time(end), 1e3 * cpu
+        return (start.elapsed_time(end),)
 
     return clock
 
 
-def in_turns(calls: Mapping[str, Call], clock: Clock, rounds: int) -> dict[str, tuple[float, float]]:
+def in_turns(calls: Mapping[str, Call], clock: Clock, rounds: int) -> dict[str, tuple[float, ...]]:
     """Median times of each call, one after the other in every round; a round before compiles and warms up."""
     for call in calls.values():
         call()
     taken = [{name: clock(call) for name, call in calls.items()} for _ in range(rounds)]
     return {
-        name: (
-            statistics.median(times[name][0] for times in taken),
-            statistics.median(times[name][1] for times in taken),
-        )
+        name: tuple(map(statistics.median, zip(*(times[name] for times in taken), strict=True)))
         for name in calls
     }
 

@@ -82,6 +82,7 @@ class Entry:
     moved       bytes: each input read once, each output written once
     unit        what the speed is given in: TFLOPS if the tensor cores set its limit, GB/s if the memory does
     goal        the speed that it should reach; `share`, the part of the machine's measured ceiling
+    launches    the same call in each of its launch shapes, by name: launches(*inputs), for --sweep
     kernel      the function that launches the kernel, where it is not `name`_triton
     """
 
@@ -102,6 +103,7 @@ class Entry:
     peers: Sequence[Peer] = ()
     goal: float | None = None
     share: float | None = None
+    launches: Callable[..., Mapping[str, Callable[[], Any]]] | None = None
     kernel: str = ""
 
     def __str__(self) -> str:

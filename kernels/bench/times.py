@@ -33,12 +33,10 @@ def time_gpu(entries: Iterable[Entry], seed: int) -> Iterator[list[Row]]:
         Row("ceiling: copy, bytes read and written", "GB/s", limits.copy),
         Row("ceiling: cuBLAS BF16 8192x8192x8192", "TFLOPS", limits.product),
     ]
-    device = torch.device("cuda")
     for entry in entries:
         for shape in entry.timed:
-            yield list(
-                guarded(f"{entry} {shape}", partial(_gpu_rows, entry, shape, device, clock, limits, seed))
-            )
+            draw = Draw(torch.device("cuda"), seed, rough=False)
+            yield list(guarded(f"{entry} {shape}", partial(measure, entry, shape, draw, clock, limits)))
             torch.cuda.empty_cache()
 
 
@@ -50,12 +48,11 @@ def time_cpu(entries: Iterable[Entry], seed: int) -> Iterator[list[Row]]:
             yield list(guarded(f"{entry} {shape}", partial(_cpu_rows, entry, shape, seed)))
 
 
-def _gpu_rows(
-    entry: Entry, shape: Shape, device: torch.device, clock: Clock, limits: Ceilings, seed: int
-) -> Iterator[Row]:
-    calls, missing = prepare(entry, entry.make(Draw(device, seed, rough=False), *shape.sizes), device)
+def measure(entry: Entry, shape: Shape, draw: Draw, clock: Clock, limits: Ceilings) -> Iterator[Row]:
+    """The rows of one case."""
+    calls, missing = prepare(entry, entry.make(draw, *shape.sizes), draw.device)
     times = in_turns(calls, clock, ROUNDS)
-    speeds = {name: _work(entry, shape) / wall for name, (wall, _) in times.items()}
+    speeds = {name: work(entry, shape) / taken[0] for name, taken in times.items()}
     yield from case_rows(f"{entry} {shape}", entry, shape, 1e3 * times["ours"][0], speeds, limits, missing)
 
 
@@ -94,7 +91,7 @@ def _against(name: str, entry: Entry, shape: Shape, ours: float, theirs: float, 
     )
 
 
-def _work(entry: Entry, shape: Shape) -> float:
+def work(entry: Entry, shape: Shape) -> float:
     """What a millisecond must divide to give the speed in the entry's unit."""
     if entry.unit == "TFLOPS":
         return 1e-9 * entry.flops(*shape.sizes)
@@ -102,8 +99,8 @@ def _work(entry: Entry, shape: Shape) -> float:
 
 
 def _cpu_rows(entry: Entry, shape: Shape, seed: int) -> Iterator[Row]:
-    device = torch.device("cpu")
-    calls, _ = prepare(entry, entry.make(Draw(device, seed, rough=False), *shape.sizes), device)
+    draw = Draw(torch.device("cpu"), seed, rough=False)
+    calls, _ = prepare(entry, entry.make(draw, *shape.sizes), draw.device)
     times = in_turns(calls, cpu_clock, CPU_ROUNDS)
     for index, kind in enumerate(("wall", "CPU time")):
         label, ours = f"{entry} {shape} on cpu, {kind}", times["ours"][index]

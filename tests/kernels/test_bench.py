@@ -10,10 +10,10 @@ import torch
 
 import kernels
 from kernels import figures, gemm, quantize, swiglu
-from kernels.bench import FAMILIES, entries, errors, times
+from kernels.bench import FAMILIES, entries, errors, sweep, times
 from kernels.bench.__main__ import main
 from kernels.bench.clock import Ceilings, cpu_clock, in_turns
-from kernels.bench.entry import Entry, Peer, Shape, each_tensor, tensors
+from kernels.bench.entry import Draw, Entry, Peer, Shape, each_tensor, tensors
 from kernels.metrics import relative_error
 
 FIELDS = {"name", "unit", "ours", "peer", "peer_name", "ratio", "goal", "published", "holds"}
@@ -110,7 +110,7 @@ def test_a_wrong_kernel_fails_and_hides_no_other(monkeypatch, capsys, module, fu
 def test_every_oracle_sees_a_wrong_element(name: str) -> None:
     """One element of each output, off by a visible amount: the oracle must not pass over it."""
     for entry in (entry for entry in entries() if entry.name == name):
-        inputs = entry.make(errors.Draw(torch.device("cpu"), 1, rough=True), *entry.checked[1])
+        inputs = entry.make(Draw(torch.device("cpu"), 1, rough=True), *entry.checked[1])
         found = entry.call(*each_tensor(torch.clone, inputs))
         assert entry.error(inputs, found) <= entry.limit
         for index in range(len(list(tensors(found)))):
@@ -195,6 +195,44 @@ def test_rows_of_a_case_carry_goals_and_say_which_peers_are_missing() -> None:
     assert (fast.ratio, fast.goal, fast.holds) == (120 / 90, 1.5, False)
     assert (absent.peer, absent.ratio, absent.holds, absent.published) == (None, None, None, 7.0)
     assert "no_such_module" in absent.peer_name
+
+
+def test_a_case_is_measured() -> None:
+    """What a GPU is measured with, on a CPU: its own draw and clock."""
+    entry, shape = entry_of(unit="GB/s"), Shape("layer", (2**20,))
+    draw = Draw(torch.device("cpu"), 0, rough=False)
+    time, speed, share = times.measure(entry, shape, draw, cpu_clock, Ceilings(10.0, 1.0))
+    assert time.name == "double layer 1048576"
+    assert time.ours > 0
+    assert speed.ours == pytest.approx(8 * 2**20 / (1e3 * time.ours))
+    assert share.ours == pytest.approx(speed.ours / 10)
+
+
+def test_a_sweep_finds_the_best_launch_and_reports_the_broken() -> None:
+    def launches(x: torch.Tensor) -> dict:
+        def refused() -> torch.Tensor:
+            raise RuntimeError("out of shared memory")
+
+        slow = lambda: [x * 2 for _ in range(20)][-1]  # noqa: E731
+        return {"slow": slow, "fast": lambda: x * 2, "wrong": lambda: x * 3, "refused": refused}
+
+    draw = Draw(torch.device("cpu"), 0, rough=False)
+    rows = list(sweep.sweep(entry_of(launches=launches), Shape("layer", (2**16,)), draw, cpu_clock))
+    assert [row.name for row in rows] == [
+        "double layer 65536 by wrong: RuntimeError: the result differs by 0.5",
+        "double layer 65536 by refused: RuntimeError: out of shared memory",
+        "double layer 65536 by slow",
+        "double layer 65536 by fast",
+        "double layer 65536: best by fast",
+    ]
+    assert rows[-1].ours == rows[-2].ours
+    assert rows[-1].ratio == rows[-1].ours / rows[-1].peer
+
+
+def test_a_sweep_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--sweep"])
+    assert "--sweep times kernels on a GPU" in capsys.readouterr().err
 
 
 def test_a_peer_with_another_result_is_not_timed() -> None:

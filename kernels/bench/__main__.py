@@ -57,14 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         timed = sweep_gpu if options.sweep else time_gpu if on_gpu else time_cpu
         for found in timed(chosen, seed):
-            cases = by_case(found)
-            for name, of_case in cases.items():
-                print(line(name, of_case), flush=True)
-            others = [
-                row for row in found if row.name not in cases and not (options.sweep and _one_of_many(row))
-            ]
-            if others:
-                print(show(others), flush=True)
+            _print(found, options.sweep)
             rows += found
         _print_missing(rows)
     if options.json:
@@ -72,9 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
     return _summary(rows, options.check)
 
 
-def _one_of_many(row: Row) -> bool:
-    """Whether a row of a sweep is one of many: neither the best of its layer nor a failure."""
-    return row.ratio is None and row.holds is None
+def _print(rows: list[Row], sweep: bool) -> None:
+    """A timed case as one line, other rows each as its own; of a sweep the best, and what failed."""
+    cases = by_case(rows)
+    for name, found in cases.items():
+        print(line(name, found), flush=True)
+    for row in rows:
+        if row.name not in cases and not (sweep and row.ratio is None and row.holds is None):
+            print(show([row]), flush=True)
 
 
 def _print_missing(rows: list[Row]) -> None:

@@ -68,9 +68,7 @@ def quantizer(operands: str, dtype: torch.dtype, timed: Sequence[Shape] = ()) ->
         moved=partial(moved, width=dtype.itemsize),
         timed=timed,
         small=(512, 1024) if timed else None,
-        peers=[
-            Peer("eager torch (the reference)", lambda x: lambda: quantize_e5m6_reference(x), alike=False)
-        ],
+        peers=[Peer("eager torch", lambda x: lambda: quantize_e5m6_reference(x), alike=False)],
         share=0.8,
     )
 
@@ -89,7 +87,7 @@ def dequantizer(operands: str, dtype: torch.dtype, timed: Sequence[Shape] = ()) 
         timed=timed,
         small=(512, 1024) if timed else None,
         peers=[
-            Peer("eager torch (the reference)", lambda q: lambda: dequantize_e5m6_reference(q, dtype)),
+            Peer("eager torch", lambda q: lambda: dequantize_e5m6_reference(q, dtype)),
         ],
         share=0.8,
     )

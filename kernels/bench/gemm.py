@@ -111,9 +111,9 @@ def entry(
         peers=[
             Peer("cuBLAS BF16", bf16, goal=times_cublas),
             Peer("torch FP32", fp32, "cpu"),
-            Peer("torch._scaled_mm row-wise", partial(scaled, dims=(1,))),
-            Peer("torch._scaled_mm tensor-wise", partial(scaled, dims=(0, 1))),
-            Peer("torch._scaled_mm blockwise", scaled_blocks),
+            Peer("_scaled_mm row-wise", partial(scaled, dims=(1,))),
+            Peer("_scaled_mm tensor-wise", partial(scaled, dims=(0, 1))),
+            Peer("_scaled_mm blockwise", scaled_blocks),
             Peer("DeepGEMM", deepgemm, published=PUBLISHED),
         ],
         goal=goal,

@@ -89,7 +89,7 @@ def entries(operands: str, dtype: torch.dtype, timed: Sequence[Shape] = ()) -> l
         moved=moved_forward,
         timed=timed,
         small=small,
-        peers=[Peer("F.rms_norm and eager quantisation", eager_forward, "any", alike=False)],
+        peers=[Peer("F.rms_norm, eager quantisation", eager_forward, "any", alike=False)],
         share=0.8,
     )
     backward = Entry(

@@ -30,15 +30,15 @@ DENSE = {
 ROUTED = {"experts gate_up": (4096, 7168), "experts down": (7168, 2048)}
 EXPERTS = (4, 8)  # on one rank: the report trains with 4
 
-FPROP = [Shape(f"fprop {name}", (m, n, k)) for m in TOKENS for name, (n, k) in DENSE.items()]
-DGRAD = [Shape(f"dgrad {name}", (m, k, n)) for m in TOKENS for name, (n, k) in DENSE.items()]
-WGRAD = [Shape(f"wgrad {name}", (n, k, m)) for m in TOKENS for name, (n, k) in DENSE.items()]
+FPROP = [Shape(name, (m, n, k)) for m in TOKENS for name, (n, k) in DENSE.items()]
+DGRAD = [Shape(name, (m, k, n)) for m in TOKENS for name, (n, k) in DENSE.items()]
+WGRAD = [Shape(name, (n, k, m)) for m in TOKENS for name, (n, k) in DENSE.items()]
 
 # Grouped: all tokens of a rank, N, K, experts. TOKENS is the mean of an expert.
 _RANKS = [(m * experts, experts) for experts in EXPERTS for m in TOKENS]
-GROUPED_FPROP = [Shape(f"fprop {name}", (t, n, k, e)) for t, e in _RANKS for name, (n, k) in ROUTED.items()]
-GROUPED_DGRAD = [Shape(f"dgrad {name}", (t, k, n, e)) for t, e in _RANKS for name, (n, k) in ROUTED.items()]
-GROUPED_WGRAD = [Shape(f"wgrad {name}", (t, n, k, e)) for t, e in _RANKS for name, (n, k) in ROUTED.items()]
+GROUPED_FPROP = [Shape(name, (t, n, k, e)) for t, e in _RANKS for name, (n, k) in ROUTED.items()]
+GROUPED_DGRAD = [Shape(name, (t, k, n, e)) for t, e in _RANKS for name, (n, k) in ROUTED.items()]
+GROUPED_WGRAD = [Shape(name, (t, n, k, e)) for t, e in _RANKS for name, (n, k) in ROUTED.items()]
 
 
 def uneven(tokens: int, experts: int) -> list[int]:

@@ -26,8 +26,8 @@ def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return {name: [row for row in rows if row.name == name] for name in names}
 
 
-def cells(rows: Iterable[Row]) -> tuple[str, str, str, str]:
-    """Time, speed, share of the ceiling and comparisons of one case, as text."""
+def cells(rows: Iterable[Row], *, speeds: bool = True) -> tuple[str, str, str, str]:
+    """Time, speed, share of the ceiling and comparisons (the others' `speeds` too) of one case, as text."""
     time = speed = share = ""
     others = []
     for row in rows:
@@ -39,8 +39,8 @@ def cells(rows: Iterable[Row]) -> tuple[str, str, str, str]:
             speed = f"{_three_digits(row.ours)} {row.unit}{_goal(row)}"
         elif row.ratio is not None:
             published = "" if row.published is None else f", published {_three_digits(row.published)}"
-            speeds = f"{_three_digits(row.peer)}{published}"
-            others.append(f"{row.ratio:.2f}x {row.peer_name} at {speeds}{_goal(row)}")
+            theirs = f" at {_three_digits(row.peer)}{published}" if speeds else ""
+            others.append(f"{row.ratio:.2f}x {row.peer_name}{theirs}{_goal(row)}")
     return time, speed, share, "; ".join(others)
 
 
@@ -54,8 +54,8 @@ def _three_digits(value: float) -> str:
 
 def line(name: str, rows: Iterable[Row]) -> str:
     """One case as a line of plain text."""
-    time, speed, share, others = cells(rows)
-    return f"{name:<48} {time:>8} us  {speed}  {share} of ceiling  {others}"
+    time, speed, share, others = cells(rows, speeds=False)
+    return f"{name:<46} {time:>6} us  {speed}, {share} of ceiling; {others}"
 
 
 def markdown(machine: dict[str, Any], rows: list[Row]) -> str:

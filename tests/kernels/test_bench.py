@@ -208,6 +208,31 @@ def test_a_case_is_measured() -> None:
     assert share.ours == pytest.approx(speed.ours / 10)
 
 
+def test_the_whole_command_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """All of it but the GPU: one line a case, a failing kernel hides no other, missed goals fail nothing."""
+    shaped = [dataclasses.replace(e, timed=[Shape("tiny", e.small)]) for e in entries() if e.small]
+    broken = entry_of(lambda x: x.no_such_method(), timed=[Shape("tiny", (4,))])
+    monkeypatch.setattr(
+        "kernels.bench.__main__.entries", lambda only: [broken, shaped[-1]] if only else shaped
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(times, "ROUNDS", 1)
+    monkeypatch.setattr(times, "gpu_clock", lambda: cpu_clock)
+    monkeypatch.setattr(times, "ceilings", lambda clock, rounds: Ceilings(1e6, 1e6))
+    monkeypatch.setattr(
+        times, "Draw", lambda device, seed, rough: Draw(torch.device("cpu"), seed, rough=rough)
+    )
+    assert main(["--seed", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{entry} tiny" in printed for entry in shaped)
+    assert "misses 0.8" in printed
+    assert "goals are missed, 0 rows fail" in printed
+    assert main(["--only", "all"]) == 1
+    printed = capsys.readouterr().out
+    assert "failed: double tiny 4: AttributeError" in printed
+    assert f"{shaped[-1]} tiny" in printed
+
+
 def test_a_sweep_finds_the_best_launch_and_reports_the_broken() -> None:
     def launches(x: torch.Tensor) -> dict:
         def refused() -> torch.Tensor:

@@ -122,7 +122,7 @@ def test_every_oracle_sees_a_wrong_element(name: str) -> None:
                 continue
             else:
                 largest = output.abs().flatten().argmax()
-                output.flatten()[largest] *= 1.1
+                output.flatten()[largest] += 0.2 * output.norm()
             assert not entry.error(inputs, spoiled) <= entry.limit, (str(entry), index)
 
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from kernels.bench import cross_entropy, e5m6, gemm, grouped, linear, norm, permute, quantize, swiglu
+from kernels.bench import (
+    attention,
+    cross_entropy,
+    e5m6,
+    gemm,
+    grouped,
+    linear,
+    norm,
+    permute,
+    quantize,
+    swiglu,
+)
 from kernels.bench.entry import Entry
 
 FAMILIES = {
@@ -14,6 +25,7 @@ FAMILIES = {
     "norm": norm,
     "permute": permute,
     "e5m6": e5m6,
+    "attention": attention,
     "cross_entropy": cross_entropy,
 }
 

@@ -4,7 +4,19 @@ import itertools
 
 import pytest
 
-from kernels.bench import cross_entropy, e5m6, gemm, grouped, linear, norm, permute, quantize, shapes, swiglu
+from kernels.bench import (
+    attention,
+    cross_entropy,
+    e5m6,
+    gemm,
+    grouped,
+    linear,
+    norm,
+    permute,
+    quantize,
+    shapes,
+    swiglu,
+)
 from kernels.quantize import BLOCKS, TILES
 from model.config import ModelConfig
 
@@ -92,6 +104,12 @@ def test_tokens_are_spread_unevenly(tokens: int, experts: int) -> None:
         # 3 tokens and 24 rows of 256 in BF16; 24 positions, 24 weights.
         (permute.moved(3, 256, 8, 2, True), (3 + 24) * 256 * 2 + 24 * 8 + 24 * 4),
         (permute.moved_gradient(3, 256, 8), (3 + 24) * 256 * 2 + 24 * 8 + 24 * 4),
+        # Of 4 positions 1 + 2 + 3 + 4 pairs, in 2 rows of 3 heads; scores 24 wide and values 5.
+        (attention.flops(2, 4, 3, 16, 8, 5), 2 * 3 * 10 * 2 * (24 + 5)),
+        (attention.flops_both(2, 4, 3, 16, 8, 5), 2 * 3 * 10 * 2 * (24 + 5 + 24 + 5 + 5 + 24 + 24)),
+        # Queries, content keys with values, and outputs of 8 positions and 3 heads; one rotary key.
+        (attention.moved(2, 4, 3, 16, 8, 5, 2), 2 * (8 * 3 * (24 + 16 + 5 + 5) + 8 * 8)),
+        (attention.moved_both(2, 4, 3, 16, 8, 5, 2), 2 * 2 * (8 * 3 * (24 + 16 + 5 + 5) + 8 * 8)),
         (cross_entropy.flops(3, 256, 50), 3 * 2 * 3 * 256 * 50),
         (cross_entropy.moved(3, 256, 50, 2), 2 * 2 * (3 * 256 + 50 * 256) + 3 * 8),
     ],

@@ -18,7 +18,20 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.quantize import BLOCKS, TILE, Quantized, quantize_blocks, quantize_tiles
+from kernels import square
+from kernels.backend import runs_triton
+from kernels.quantize import (
+    BLOCKS,
+    TILE,
+    TILES,
+    Quantized,
+    check_values,
+    dequantize,
+    empty_quantized,
+    launch_blocks,
+    quantize_reference,
+)
+from kernels.transpose import quantize_columns_reference
 
 
 @dataclass(frozen=True)
@@ -79,24 +92,60 @@ class QuantizedExperts:
 def quantize_experts(w: torch.Tensor, *, power_of_two: bool = False) -> QuantizedExperts:
     """Quantise weights [experts, N, K] (FP32 or BF16, any strides) in 128x128 blocks that start anew in each.
 
-    One kernel does all experts if N is a multiple of 128, else one for each.
+    Raises:
+        TypeError, ValueError: `w` is not FP32 or BF16, or has not three dimensions.
+        RuntimeError: `w` is on a GPU without FP8 support.
+    """
+    _check_experts("quantize_experts", w)
+    if runs_triton(w):
+        return quantize_experts_triton(w, power_of_two=power_of_two)
+    return quantize_experts_reference(w, power_of_two=power_of_two)
+
+
+def quantize_experts_both(
+    w: torch.Tensor, *, power_of_two: bool = False
+) -> tuple[QuantizedExperts, QuantizedExperts]:
+    """`quantize_experts` of w [experts, N, K], and of every expert transposed, [experts, K, N], in one pass.
+
+    The same as `quantize_experts(w)` and its `transpose()`: the operands of fprop and dgrad.
 
     Raises:
         TypeError, ValueError: `w` is not FP32 or BF16, or has not three dimensions.
         RuntimeError: `w` is on a GPU without FP8 support.
     """
-    if w.dim() != 3 or w.shape[0] == 0:
-        raise ValueError(
-            f"quantize_experts: the tensor has shape {tuple(w.shape)}; "
-            "pass [experts, N, K] with at least one expert"
-        )
-    experts, n, k = w.shape
-    if n % TILE == 0:
-        q = quantize_blocks(w.reshape(experts * n, k), power_of_two=power_of_two)
-        return QuantizedExperts(q.codes.view(w.shape), q.scales.view(experts, n // TILE, q.scales.shape[1]))
-    parts = [quantize_blocks(matrix, power_of_two=power_of_two) for matrix in w]
-    codes = torch.stack([part.codes.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
-    return QuantizedExperts(codes, torch.stack([part.scales for part in parts]))
+    _check_experts("quantize_experts_both", w)
+    if runs_triton(w):
+        return quantize_experts_both_triton(w, power_of_two=power_of_two)
+    q = quantize_experts_reference(w, power_of_two=power_of_two)
+    return q, q.transpose()
+
+
+def quantize_experts_reference(w: torch.Tensor, *, power_of_two: bool = False) -> QuantizedExperts:
+    """The PyTorch reference, on any device: the kernels must agree with it bit for bit."""
+    codes, scales = _empty_experts(w)
+    for expert, matrix in enumerate(w):
+        q = quantize_reference(matrix, BLOCKS, power_of_two=power_of_two)
+        codes[expert], scales[expert] = q.codes, q.scales
+    return QuantizedExperts(codes, scales)
+
+
+def quantize_experts_triton(w: torch.Tensor, *, power_of_two: bool = False) -> QuantizedExperts:
+    """The Triton kernel: what `quantize_experts` runs on a GPU."""
+    codes, scales = _empty_experts(w)
+    launch_blocks(w, codes, scales, power_of_two)
+    return QuantizedExperts(codes, scales)
+
+
+def quantize_experts_both_triton(
+    w: torch.Tensor, *, power_of_two: bool = False
+) -> tuple[QuantizedExperts, QuantizedExperts]:
+    """The Triton kernel: what `quantize_experts_both` runs on a GPU."""
+    along_rows, along_columns = _empty_experts(w), _empty_experts(w.mT)
+    square.launch(
+        w, None, None, along_rows, along_columns, w.shape[0] * -(-w.shape[1] // TILE), w.shape[2],
+        block=True, power_of_two=power_of_two,
+    )  # fmt: skip
+    return QuantizedExperts(*along_rows), QuantizedExperts(*along_columns)
 
 
 def token_groups(tokens: int, experts: int) -> int:
@@ -115,14 +164,97 @@ def quantize_tokens(x: torch.Tensor, offsets: torch.Tensor, *, power_of_two: boo
         TypeError, ValueError: `x` is not an FP32 or BF16 matrix, or `offsets` does not fit it.
         RuntimeError: `x` is on a GPU without FP8 support.
     """
-    if x.dim() != 2:
-        raise ValueError(f"quantize_tokens: x has shape {tuple(x.shape)}; pass a matrix [tokens, channels]")
-    check_offsets("quantize_tokens", offsets, x.shape[0], x.device)
+    _check_tokens("quantize_tokens", x, offsets)
+    if runs_triton(x):
+        return quantize_tokens_triton(x, offsets, power_of_two=power_of_two)
+    return quantize_tokens_reference(x, offsets, power_of_two=power_of_two)
+
+
+def quantize_tokens_both(
+    x: torch.Tensor, offsets: torch.Tensor, *, power_of_two: bool = False
+) -> tuple[Quantized, Quantized]:
+    """x [tokens, channels] (FP32 or BF16) in 1x128 tiles of channels, and `quantize_tokens` of it, read once.
+
+    Rows past the last offset belong to no expert: they are not read, and are zeros in both.
+
+    Raises:
+        TypeError, ValueError: `x` is not an FP32 or BF16 matrix, or `offsets` does not fit it.
+        RuntimeError: `x` is on a GPU without FP8 support.
+    """
+    _check_tokens("quantize_tokens_both", x, offsets)
+    if runs_triton(x):
+        return quantize_tokens_both_triton(x, offsets, power_of_two=power_of_two)
+    return quantize_tokens_both_reference(x, offsets, power_of_two=power_of_two)
+
+
+def requantize_tokens(q: Quantized, offsets: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
+    """`quantize_tokens` of a matrix [tokens, channels] that is in 1x128 tiles of channels, in one pass.
+
+    Raises:
+        TypeError, ValueError: `q` is in 128x128 blocks, or `offsets` does not fit it.
+        RuntimeError: `q` is on a GPU without FP8 support.
+    """
+    if q.block != TILES:
+        raise ValueError(f"requantize_tokens: q is quantised in blocks of {q.block}; use quantize_tiles")
+    check_offsets("requantize_tokens", offsets, q.shape[0], q.codes.device)
+    if runs_triton(q.codes):
+        return quantize_tokens_triton(q, offsets, power_of_two=power_of_two)
+    return quantize_tokens_reference(dequantize(q), offsets, power_of_two=power_of_two)
+
+
+def quantize_tokens_reference(
+    x: torch.Tensor, offsets: torch.Tensor, *, power_of_two: bool = False
+) -> Quantized:
+    """The PyTorch reference, on any device: the kernel must agree with it bit for bit."""
     row, valid = _token_rows(offsets, x.shape[0])
     # Without any token there is still a tile or more of zeros, and a gather needs a row to read.
     source = x if x.shape[0] > 0 else x.new_zeros(1, x.shape[1])
-    padded = source.index_select(0, row).masked_fill_(~valid[:, None], 0.0)
-    return quantize_tiles(padded.t(), power_of_two=power_of_two)
+    return quantize_columns_reference(
+        source.index_select(0, row).masked_fill_(~valid[:, None], 0.0), power_of_two
+    )
+
+
+def quantize_tokens_both_reference(
+    x: torch.Tensor, offsets: torch.Tensor, *, power_of_two: bool = False
+) -> tuple[Quantized, Quantized]:
+    """The PyTorch reference, on any device: the kernel must agree with it bit for bit."""
+    nobody = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
+    rows = quantize_reference(x.masked_fill(nobody[:, None], 0.0), TILES, power_of_two=power_of_two)
+    return rows, quantize_tokens_reference(x, offsets, power_of_two=power_of_two)
+
+
+def quantize_tokens_triton(
+    x: torch.Tensor | Quantized, offsets: torch.Tensor, *, power_of_two: bool = False
+) -> Quantized:
+    """The Triton kernel: what `quantize_tokens` and `requantize_tokens` run on a GPU."""
+    values, scales = (x.codes, x.scales) if isinstance(x, Quantized) else (x, None)
+    along_tokens = _empty_tokens(values, offsets)
+    groups = along_tokens[1].shape[1]
+    square.launch(values, scales, offsets, None, along_tokens, groups, x.shape[1], power_of_two=power_of_two)
+    return Quantized(*along_tokens, TILES)
+
+
+def quantize_tokens_both_triton(
+    x: torch.Tensor, offsets: torch.Tensor, *, power_of_two: bool = False
+) -> tuple[Quantized, Quantized]:
+    """The Triton kernel: what `quantize_tokens_both` runs on a GPU."""
+    along_rows, along_tokens = empty_quantized(x, TILES), _empty_tokens(x, offsets)
+    # The rows of no expert count as those of one more.
+    groups = token_groups(x.shape[0], offsets.numel())
+    square.launch(x, None, offsets, along_rows, along_tokens, groups, x.shape[1], power_of_two=power_of_two)
+    return Quantized(*along_rows, TILES), Quantized(*along_tokens, TILES)
+
+
+def _empty_tokens(x: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = token_groups(x.shape[0], offsets.numel() - 1)
+    codes = torch.empty((x.shape[1], groups * TILE), dtype=torch.float8_e4m3fn, device=x.device)
+    return codes, torch.empty((x.shape[1], groups), dtype=torch.float32, device=x.device)
+
+
+def _empty_experts(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    experts, n, k = w.shape
+    codes = torch.empty((experts, n, k), dtype=torch.float8_e4m3fn, device=w.device)
+    return codes, torch.empty((experts, -(-n // TILE), -(-k // TILE)), dtype=torch.float32, device=w.device)
 
 
 def group_starts(offsets: torch.Tensor) -> torch.Tensor:
@@ -141,6 +273,22 @@ def _token_rows(offsets: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch
     row = first[:, None] + torch.arange(TILE, device=offsets.device)
     valid = row < offsets[expert + 1][:, None]
     return row.masked_fill_(~valid, 0).view(-1), valid.view(-1)
+
+
+def _check_experts(function: str, w: torch.Tensor) -> None:
+    if w.dim() != 3 or w.shape[0] == 0:
+        raise ValueError(
+            f"{function}: the tensor has shape {tuple(w.shape)}; "
+            "pass [experts, N, K] with at least one expert"
+        )
+    check_values(function, "the tensor", w, w, "it")
+
+
+def _check_tokens(function: str, x: torch.Tensor, offsets: torch.Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{function}: x has shape {tuple(x.shape)}; pass a matrix [tokens, channels]")
+    check_values(function, "x", x, x, "x")
+    check_offsets(function, offsets, x.shape[0], x.device)
 
 
 def check_offsets(function: str, offsets: torch.Tensor, tokens: int, device: torch.device) -> None:

@@ -3,10 +3,15 @@
 One scale covers 1x128 values of an activation (one token, 128 channels) or 128x128 values of a weight, so
 one outlier costs precision only to its own tile. Scales come from the tensor at hand (no delayed scaling):
 
-    scale = amax / 448          FP32, or rounded up to a power of two (UE8M0) with `power_of_two=True`
-    code  = e4m3(value / scale) round to nearest even, saturating at +-448
+    scale   = amax / 448                FP32, or rounded up to a power of two (UE8M0) with `power_of_two=True`
+    inverse = 1 / scale                 FP32, once a tile: a value then costs a product, not a division
+    code    = e4m3(value * inverse)     round to nearest even
 
-Every step is one correctly rounded FP32 operation, so the reference and the kernel agree bit for bit.
+Every step is one correctly rounded FP32 operation, so the reference and the kernel agree bit for bit. Against
+a division the product may differ in its last bit, and a code next to a midpoint by one; with powers of two
+both are exact. No product exceeds 448 by more than three roundings (448.0001), which E4M3 rounds to 448:
+nothing needs to be clamped.
+
 Rules at the edges:
 
 - A tile of zeros has scale 1 and codes zero; a zero keeps its sign.
@@ -103,7 +108,7 @@ def quantize_tiles(x: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
         TypeError, ValueError: `x` is not an FP32 or BF16 matrix.
         RuntimeError: `x` is on a GPU without FP8 support.
     """
-    _check_input("quantize_tiles", x)
+    check_input("quantize_tiles", x)
     if runs_triton(x):
         return quantize_tiles_triton(x, power_of_two=power_of_two)
     return quantize_reference(x, TILES, power_of_two=power_of_two)
@@ -116,7 +121,7 @@ def quantize_blocks(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized
         TypeError, ValueError: `w` is not an FP32 or BF16 matrix.
         RuntimeError: `w` is on a GPU without FP8 support.
     """
-    _check_input("quantize_blocks", w)
+    check_input("quantize_blocks", w)
     if runs_triton(w):
         return quantize_blocks_triton(w, power_of_two=power_of_two)
     return quantize_reference(w, BLOCKS, power_of_two=power_of_two)
@@ -124,6 +129,14 @@ def quantize_blocks(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized
 
 def quantize_reference(x: torch.Tensor, block: tuple[int, int], *, power_of_two: bool = False) -> Quantized:
     """The PyTorch reference of both quantisers, on any device: the kernels must agree with it bit for bit."""
+    codes, scales = encode_reference(x, block, power_of_two)
+    return Quantized(codes, scales, block)
+
+
+def encode_reference(
+    x: torch.Tensor, block: tuple[int, int], power_of_two: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a matrix in blocks of any height and width."""
     rows, cols = x.shape
     height, width = block
     scale_rows, scale_cols = _scale_shape(x.shape, block)
@@ -133,14 +146,12 @@ def quantize_reference(x: torch.Tensor, block: tuple[int, int], *, power_of_two:
         padded = torch.nn.functional.pad(padded, padding)
     blocks = padded.view(scale_rows, height, scale_cols, width)
     scales = _scales(torch.maximum(blocks.amax(dim=(1, 3)), -blocks.amin(dim=(1, 3))), power_of_two)
-    # Builds of torch differ in whether a cast beyond 448 saturates, hence the clamp. NaN passes through it.
-    values = (blocks / scales[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    values = blocks * scales.reciprocal()[:, None, :, None]
     spoiled = scales.isnan()
     if spoiled.any():
-        # The NaN of a quotient may carry either sign; torch.nan gives the one code 0x7F on every device.
+        # The NaN of a product may carry either sign; torch.nan gives the one code 0x7F on every device.
         values.masked_fill_(spoiled[:, None, :, None], torch.nan)
-    codes = values.view(padded.shape)[:rows, :cols].to(torch.float8_e4m3fn).contiguous()
-    return Quantized(codes, scales, block)
+    return values.view(padded.shape)[:rows, :cols].to(torch.float8_e4m3fn).contiguous(), scales
 
 
 def quantize_tiles_triton(x: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
@@ -160,14 +171,18 @@ def quantize_tiles_triton(x: torch.Tensor, *, power_of_two: bool = False) -> Qua
 def quantize_blocks_triton(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
     """The Triton kernel for 128x128 blocks: what `quantize_blocks` runs on a GPU."""
     codes, scales = empty_quantized(w, BLOCKS)
-    rows, cols = w.shape
+    launch_blocks(w[None], codes, scales, power_of_two)
+    return Quantized(codes, scales, BLOCKS)
+
+
+def launch_blocks(w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, power_of_two: bool) -> None:
+    """Quantise matrices w [matrices, rows, cols] into `codes` and `scales`, blocks starting anew in each."""
+    matrices, rows, cols = w.shape
     if w.numel() > 0:
         with torch.cuda.device_of(w):
-            blocks_kernel[tuple(scales.shape)](
-                w, codes, scales, rows, cols, w.stride(0), w.stride(1),
-                POWER_OF_TWO=power_of_two, **BLOCK_OPTIONS,
-            )  # fmt: skip
-    return Quantized(codes, scales, BLOCKS)
+            blocks_kernel[(matrices * -(-rows // TILE), -(-cols // TILE))](
+                w, codes, scales, rows, cols, *w.stride(), POWER_OF_TWO=power_of_two, **BLOCK_OPTIONS
+            )
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -191,12 +206,13 @@ def _decode(codes: torch.Tensor) -> torch.Tensor:
 
 def _scales(amax: torch.Tensor, power_of_two: bool) -> torch.Tensor:
     """Scales (FP32) of tiles whose largest magnitudes are `amax` (FP32; NaN where the tile holds one)."""
-    scales = amax / E4M3_MAX
     if power_of_two:
-        bits = scales.view(torch.int32)
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+        # 448 is 1.75 * 2**8: a fraction above 0.75 needs the next power.
+        bits = amax.view(torch.int32)
+        exponent = ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000)).clamp(min=1)
         scales = (exponent << 23).to(torch.int32).view(torch.float32)
-    scales = scales.clamp(min=MIN_SCALE)
+    else:
+        scales = (amax / E4M3_MAX).clamp(min=MIN_SCALE)
     scales = torch.where(amax == 0, 1.0, scales)
     return torch.where(amax.isfinite(), scales, torch.nan)
 
@@ -222,7 +238,7 @@ def check_values(
         )
 
 
-def _check_input(function: str, x: torch.Tensor) -> None:
+def check_input(function: str, x: torch.Tensor) -> None:
     if x.dim() != 2:
         raise ValueError(f"{function}: the tensor has shape {tuple(x.shape)}; pass a matrix [rows, cols]")
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -248,16 +264,20 @@ def tiles_kernel(
 
 @jit
 def blocks_kernel(
-    w, codes, scales, rows, cols, stride_row, stride_col,
+    w, codes, scales, rows, cols, stride_matrix, stride_row, stride_col,
     POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """One program: one 128x128 block."""
-    row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
+    """One program: one 128x128 block of one matrix."""
+    bands = tl.cdiv(rows, 128)
+    matrix = (tl.program_id(0) // bands).to(tl.int64)
+    row = (tl.program_id(0) % bands).to(tl.int64) * 128 + tl.arange(0, 128)
     col = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
+    w += matrix * stride_matrix
     values = tl.load(w + row[:, None] * stride_row + col[None, :] * stride_col, mask=inside, other=0.0)
     values = values.to(tl.float32)
     scale = kernel_scale(tl.max(tl.max(magnitude_bits(values), axis=1), axis=0), POWER_OF_TWO)
+    codes += matrix * rows * cols
     tl.store(codes + row[:, None] * cols + col[None, :], kernel_encode(values, scale), mask=inside)
     tl.store(scales + tl.program_id(0) * tl.cdiv(cols, 128) + tl.program_id(1), scale)
 
@@ -272,19 +292,17 @@ def magnitude_bits(values):
 @jit
 def kernel_scale(amax_bits, POWER_OF_TWO: tl.constexpr):
     # div_rn is the IEEE division; the operator / compiles to an approximation with other last bits.
-    scale = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0)
     if POWER_OF_TWO:
-        bits = scale.to(tl.int32, bitcast=True)
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
-    scale = tl.maximum(scale, 1.1754943508222875e-38)  # MIN_SCALE
+        exponent = (amax_bits >> 23) - 8 + ((amax_bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+        scale = (tl.maximum(exponent, 1) << 23).to(tl.float32, bitcast=True)
+    else:
+        scale = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0)
+        scale = tl.maximum(scale, 1.1754943508222875e-38)  # MIN_SCALE
     scale = tl.where(amax_bits == 0, 1.0, scale)
     return tl.where(amax_bits < 0x7F800000, scale, float("nan"))
 
 
 @jit
 def kernel_encode(values, scale):
-    quotient = tl.minimum(tl.maximum(tl.div_rn(values, scale), -448.0), 448.0)
-    # The hardware's minimum and maximum drop NaN: put it back where the scale says so.
-    quotient = tl.where(scale == scale, quotient, float("nan"))
-    return quotient.to(tl.float8e4nv)
+    """Codes of `values`; `scale` has one element for each tile, so that its inverse is taken once a tile."""
+    return (values * tl.div_rn(1.0, scale)).to(tl.float8e4nv)

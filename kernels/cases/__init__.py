@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels.cases import cross_entropy, e5m6, gemm, grouped, norm, permute, quantize, swiglu
+from kernels.cases import cross_entropy, e5m6, gemm, grouped, norm, permute, quantize, swiglu, transpose
 from kernels.cases.case import Case
 
-FAMILIES = (quantize, gemm, grouped, e5m6, permute, cross_entropy, swiglu, norm)
+FAMILIES = (quantize, gemm, grouped, e5m6, permute, cross_entropy, swiglu, norm, transpose)
 
 
 def cases() -> Iterator[Case]:

@@ -11,9 +11,10 @@ from kernels.cases.case import Case
 def cases() -> Iterator[Case]:
     sizes = {"rows": "i32", "cols": "i32"}
     outputs = {"codes": "*fp8e4nv", "scales": "*fp32"}
+    matrix = {"stride_matrix": "i32"}
     row_major = {"stride_row": "i32", "stride_col": "1"}
     transposed = {"stride_row": "1", "stride_col": "i32"}
-    even = ("rows", "cols", "stride_row", "stride_col")
+    even = ("rows", "cols", "stride_matrix", "stride_row", "stride_col")
     tile = ("quantize_tiles", quantize.tiles_kernel, "x", {"ROWS": quantize.TILE_ROWS}, quantize.TILE_OPTIONS)
     block = ("quantize_blocks", quantize.blocks_kernel, "w", {}, quantize.BLOCK_OPTIONS)
     for (name, kernel, source, constants, options), variant, dtype, strides, aligned, power_of_two in (
@@ -27,8 +28,19 @@ def cases() -> Iterator[Case]:
         yield Case(
             name=f"{name} {dtype} {variant}",
             kernel=kernel,
-            types={source: f"*{dtype}", **outputs, **sizes, **strides},
+            types={
+                source: f"*{dtype}",
+                **outputs,
+                **sizes,
+                **(matrix if name == "quantize_blocks" else {}),
+                **strides,
+            },
             constants={"POWER_OF_TWO": power_of_two, **constants},
-            aligned=(source, "codes", "scales", *aligned),
+            aligned=(
+                source,
+                "codes",
+                "scales",
+                *(one for one in aligned if name == "quantize_blocks" or one != "stride_matrix"),
+            ),
             options=options,
         )

@@ -24,25 +24,27 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-def runs_triton(tensor: torch.Tensor) -> bool:
+def runs_triton(tensor: torch.Tensor, *, e4m3: bool = True) -> bool:
     """Whether kernels over `tensor` run in Triton (CUDA tensors) or as the PyTorch reference (all others).
 
+    Kernels without FP8 say so (`e4m3=False`) and run on every NVIDIA GPU that Triton knows.
+
     Raises:
-        RuntimeError: the tensor is on a GPU whose FP8 kernels cannot run: no Triton, no E4M3 hardware
-            (NVIDIA compute capability below 8.9), or a ROCm device. A silent fallback there would be slow
-            and would go unnoticed.
+        RuntimeError: the tensor is on a GPU whose kernels cannot run: no Triton, no E4M3 hardware (NVIDIA
+            compute capability below 8.9) where it is needed, or a ROCm device. A silent fallback there
+            would be slow and would go unnoticed.
     """
     if not tensor.is_cuda:
         return False
     if torch.version.hip is not None:
-        raise RuntimeError("FP8 kernels: ROCm devices are not supported; move the tensors to the CPU")
+        raise RuntimeError("kernels: ROCm devices are not supported; move the tensors to the CPU")
     if triton is None:
         raise RuntimeError(
-            "FP8 kernels: the tensor is on a GPU and Triton is not installed; "
+            "kernels: the tensor is on a GPU and Triton is not installed; "
             "install triton>=3.6 or move the tensors to the CPU"
         )
     capability = torch.cuda.get_device_capability(tensor.device)
-    if capability < (8, 9):
+    if e4m3 and capability < (8, 9):
         raise RuntimeError(
             f"FP8 kernels: {torch.cuda.get_device_name(tensor.device)} has compute capability {capability}, "
             "and E4M3 needs (8, 9); use precision bf16, or move the tensors to the CPU"

@@ -1,4 +1,4 @@
-"""The exponential and the sum of a row as fixed sequences of correctly rounded FP32 operations.
+"""The exponential and the sum of a row as fixed sequences of correctly rounded FP32 operations; square roots.
 
 The exponentials of PyTorch and of the GPU are not correctly rounded and differ in their last bits, and
 neither PyTorch nor Triton says in which order it sums. Both would show in FP8 codes. So each is spelled out
@@ -10,10 +10,13 @@ order: the two agree bit for bit.
   subnormal results below 2**-149.
 - A sum: column j goes to lane j modulo 1024, each lane adds its columns from left to right, and neighbouring
   lanes are added in pairs until one is left.
+- A square root needs no sequence: the GPU's (`tl.sqrt_rn`) and NumPy's are correctly rounded. PyTorch's on a
+  CPU may be MKL's, which on some processors is off by one unit in the last place.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from kernels.backend import jit, tl
@@ -49,6 +52,16 @@ def exp_negative(a: torch.Tensor) -> torch.Tensor:
     exponent = shifted.view(torch.int32).sub_(SHIFT_BITS)
     half = exponent >> 1
     return value.mul_(_power_of_two(half)).mul_(_power_of_two(exponent.sub_(half)))
+
+
+def square_root_(x: torch.Tensor) -> torch.Tensor:
+    """Replace FP32 values, any shape, by their square roots, correctly rounded. Of a negative one: NaN."""
+    if x.device.type != "cpu":
+        return x.sqrt_()
+    values = x.detach().numpy()
+    with np.errstate(invalid="ignore"):
+        np.sqrt(values, out=values)
+    return x
 
 
 def row_sums(x: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import math
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.exact import kernel_lane_sum, row_sums
+from kernels.exact import kernel_lane_sum, row_sums, square_root_
 from kernels.quantize import (
     TILE,
     TILES,
@@ -93,7 +93,8 @@ def rmsnorm_quantize_reference(
     values = x.float()
     total = row_sums(values * values)
     # A tensor as divisor: on a GPU, torch divides by a Python number with its reciprocal.
-    inverse = (total / torch.full_like(total, max(x.shape[1], 1))).add_(eps).sqrt_().reciprocal_()
+    mean = total / torch.full_like(total, max(x.shape[1], 1))
+    inverse = square_root_(mean.add_(eps)).reciprocal_()
     inverse = torch.where(total < torch.inf, inverse, torch.nan)
     product = (values * inverse[:, None]).mul_(weight.float())
     return quantize_reference(product, TILES, power_of_two=power_of_two), inverse

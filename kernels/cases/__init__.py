@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels.cases import cross_entropy, e5m6, gemm, grouped, norm, permute, quantize, swiglu, transpose
+from kernels.cases import (
+    adamw,
+    cross_entropy,
+    e5m6,
+    gemm,
+    grouped,
+    norm,
+    permute,
+    quantize,
+    swiglu,
+    transpose,
+)
 from kernels.cases.case import Case
 
-FAMILIES = (quantize, gemm, grouped, e5m6, permute, cross_entropy, swiglu, norm, transpose)
+FAMILIES = (quantize, gemm, grouped, e5m6, permute, cross_entropy, swiglu, norm, transpose, adamw)
 
 
 def cases() -> Iterator[Case]:

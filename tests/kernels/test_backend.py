@@ -46,6 +46,7 @@ def test_a_gpu_without_fp8_is_an_error_not_a_fallback(monkeypatch: pytest.Monkey
     monkeypatch.setattr(backend, "triton", object())
     with pytest.raises(RuntimeError, match=r"A100.*\(8, 0\)"):
         backend.runs_triton(_OnGpu())
+    assert backend.runs_triton(_OnGpu(), e4m3=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert backend.runs_triton(_OnGpu())
     monkeypatch.setattr(backend, "triton", None)

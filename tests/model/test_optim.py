@@ -1,8 +1,11 @@
 """Muon's orthogonalisation, and which parameter gets which optimizer."""
 
+import copy
+
 import pytest
 import torch
 
+from model.optim.adamw import BF16MomentAdamW
 from model.optim.build import Optimizer, OptimizerConfig, build_optimizer
 from model.optim.muon import Muon, orthogonalize
 from tests.model.tiny import tiny
@@ -176,3 +179,79 @@ def test_bf16_moments_step_as_fp32_ones_do_but_for_rounding():
         Optimizer(model, OptimizerConfig(moments="bf16", beta2=0.999))
     with pytest.raises(ValueError, match="moments"):
         OptimizerConfig(moments="fp16")
+
+
+def bf16_moments(*shapes: tuple[int, ...]) -> tuple[list[torch.nn.Parameter], BF16MomentAdamW]:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:]}]
+    return parameters, BF16MomentAdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+
+
+def fill(parameters: list[torch.nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_a_parameter_without_a_gradient_is_left_out_and_keeps_its_own_count():
+    (first, second, vector), optimizer = bf16_moments((4, 3), (5, 2), (6,))
+    fill([first, second, vector], 1)
+    second.grad = None
+    before = second.detach().clone()
+    optimizer.step()
+    assert torch.equal(second, before)
+    assert second not in optimizer.state
+    fill([first, second, vector], 2)
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in (first, second, vector)] == [2, 1, 2]
+    # Its first step is that of a fresh optimizer.
+    (_, alone, _), fresh = bf16_moments((4, 3), (5, 2), (6,))
+    alone.grad = second.grad
+    fresh.step()
+    assert torch.equal(second, alone)
+
+
+def test_each_group_has_its_own_decay():
+    parameters, optimizer = bf16_moments((4, 3), (5, 2), (6,))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    before = [p.detach().clone() for p in parameters]
+    optimizer.step()
+    for parameter, value, factor in zip(parameters, before, (0.999, 0.999, 1.0), strict=True):
+        assert torch.equal(parameter, value * factor)
+
+
+def test_bf16_moments_survive_a_copy_of_the_optimizer_and_any_gradient():
+    parameters, optimizer = bf16_moments((40, 30), (5, 2), (6,))
+    fill(parameters, 1)
+    optimizer.step()
+    twins, twin = copy.deepcopy((parameters, optimizer))
+    fill(parameters, 2)
+    fill(twins, 2)
+    twins[0].grad = twins[0].grad.t().contiguous().t()  # the same values, other strides
+    optimizer.step()
+    twin.step()
+    for parameter, other in zip(parameters, twins, strict=True):
+        assert torch.equal(parameter, other)
+        state = optimizer.state[parameter]
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+
+
+def test_bf16_moments_go_to_a_checkpoint_and_back():
+    def stepped(model, optimizer, seeds):
+        for seed in seeds:
+            fill(list(model.parameters()), seed)
+            optimizer.step(1.0)
+        return model.state_dict()
+
+    whole, halved = tiny(), tiny()
+    config = OptimizerConfig(lr=1e-2, moments="bf16")
+    expected = stepped(whole, build_optimizer(whole, config), range(4))
+    first = build_optimizer(halved, config)
+    stepped(halved, first, range(2))
+    second = build_optimizer(halved, config)
+    second.load_state_tensors(first.state_tensors())
+    found = stepped(halved, second, range(2, 4))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())

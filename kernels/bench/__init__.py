@@ -8,16 +8,20 @@ from kernels.bench import (
     e5m6,
     gemm,
     grouped,
+    grouped_quantize,
     linear,
     norm,
     permute,
     quantize,
     swiglu,
+    transpose,
 )
 from kernels.bench.entry import Entry
 
 FAMILIES = {
     "quantize": quantize,
+    "transpose": transpose,
+    "grouped_quantize": grouped_quantize,
     "gemm": gemm,
     "grouped": grouped,
     "linear": linear,

@@ -10,12 +10,14 @@ from kernels.bench import (
     e5m6,
     gemm,
     grouped,
+    grouped_quantize,
     linear,
     norm,
     permute,
     quantize,
     shapes,
     swiglu,
+    transpose,
 )
 from kernels.quantize import BLOCKS, TILES
 from model.config import ModelConfig
@@ -91,6 +93,19 @@ def test_tokens_are_spread_unevenly(tokens: int, experts: int) -> None:
         (linear.moved(3, 5, 256, 2), 2 * (2 * 3 * 256 + 2 * 3 * 5 + 2 * 2 * 5 * 256)),
         (quantize.moved(3, 256, TILES, 2), 3 * 256 * 2 + 3 * 256 + 4 * 3 * 2),
         (quantize.moved(3, 256, BLOCKS, 4), 3 * 256 * 4 + 3 * 256 + 4 * 2),
+        # Values once, codes twice; along rows two scales a row, along columns one a column.
+        (transpose.moved_both(3, 256, TILES, 2), 3 * 256 * 2 + 2 * 3 * 256 + 4 * (3 * 2 + 256 * 1)),
+        (transpose.moved_both(3, 256, BLOCKS, 2), 3 * 256 * 2 + 2 * 3 * 256 + 4 * (2 + 2)),
+        (transpose.moved_turned(3, 256), 2 * 3 * 256 + 4 * (3 * 2 + 256 * 1)),
+        (transpose.moved_from_e5m6(3, 256), 3 * 384 + 3 * 256 + 4 * (3 * 2 + 256 * 1)),
+        # 300 tokens of 256 channels can fill 4 groups of 128 for two experts; three offsets.
+        (grouped_quantize.moved_tokens(300, 256, 2, 2, False), 300 * 512 + 24 + 4 * 256 * 132),
+        # Codes with two scales a row instead; then values, and tiles along the channels besides.
+        (grouped_quantize.moved_tokens(300, 256, 2, 1, False), 300 * (256 + 8) + 24 + 4 * 256 * 132),
+        (grouped_quantize.moved_tokens(300, 256, 2, 2, True), 300 * (512 + 264) + 24 + 4 * 256 * 132),
+        # Two experts [3, 256] in BF16: codes and two scales each, once or both ways.
+        (grouped_quantize.moved_experts(2, 3, 256, False), 2 * (3 * 256 * 3 + 4 * 2)),
+        (grouped_quantize.moved_experts(2, 3, 256, True), 2 * (3 * 256 * 4 + 4 * 2 * 2)),
         # 256 gates and 256 ups in BF16; 256 codes, two scales.
         (swiglu.moved_forward(3, 256, False, False), 3 * (512 * 2 + 256 + 4 * 2)),
         # The inputs as 512 codes with four scales, and a routing weight.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernels.bench import (
+    adamw,
     attention,
     cross_entropy,
     e5m6,
@@ -30,6 +31,7 @@ FAMILIES = {
     "permute": permute,
     "e5m6": e5m6,
     "attention": attention,
+    "adamw": adamw,
     "cross_entropy": cross_entropy,
 }
 

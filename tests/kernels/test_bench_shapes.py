@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from kernels.bench import (
+    adamw,
     attention,
     cross_entropy,
     e5m6,
@@ -106,6 +107,10 @@ def test_tokens_are_spread_unevenly(tokens: int, experts: int) -> None:
         # Two experts [3, 256] in BF16: codes and two scales each, once or both ways.
         (grouped_quantize.moved_experts(2, 3, 256, False), 2 * (3 * 256 * 3 + 4 * 2)),
         (grouped_quantize.moved_experts(2, 3, 256, True), 2 * (3 * 256 * 4 + 4 * 2 * 2)),
+        # FP32 weight and gradient, BF16 mean and square; back all but the gradient; a BF16 copy.
+        (adamw.moved_step(10, 2), 10 * (4 + 4 + 2 + 2 + 4 + 2 + 2)),
+        (adamw.moved_copy(10, 2), 10 * (4 + 4 + 2 + 2 + 4 + 2 + 2 + 2)),
+        (adamw.moved_norm(10, 2), 40),
         # 256 gates and 256 ups in BF16; 256 codes, two scales.
         (swiglu.moved_forward(3, 256, False, False), 3 * (512 * 2 + 256 + 4 * 2)),
         # The inputs as 512 codes with four scales, and a routing weight.

@@ -4,9 +4,9 @@
 
 Each kernel is compiled as its public function launches it. It must keep within the shared memory of one
 thread block, spill no register and round every operation as IEEE 754 says (no approximate division, no
-flushing of subnormals; only the cross-entropy takes the hardware's exp and log), and a GEMM must sum each
-group of 128 on the FP8 tensor cores (four instructions of 32). This shows how the kernels compile, not that
-they are right: that takes their references, and a GPU.
+flushing of subnormals; only the cross-entropy and attention take the hardware's exp and log). A GEMM must sum
+each group of 128 on the FP8 tensor cores (four instructions of 32), and attention must multiply BF16 on them.
+This shows how the kernels compile, not that they are right: that takes their references, and a GPU.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Compiled:
     spills: int
     approximate: int
     wgmma: int
+    bf16_wgmma: int
 
     def rows(self) -> list[Row]:
         """The case's figures, with the limits that they must keep."""
@@ -55,6 +56,8 @@ class Compiled:
         if self.case.tensor_core:
             # Fewer would mean that part of the product does not run on the FP8 tensor cores.
             rows.append(at_least(f"{name}: FP8 wgmma", "", self.wgmma, quantize.TILE // WGMMA_K))
+        if self.case.bf16_tensor_core:
+            rows.append(at_least(f"{name}: BF16 wgmma", "", self.bf16_wgmma, 1))
         return rows
 
 
@@ -89,6 +92,7 @@ def compile_case(case: Case) -> Compiled:
         spills=sum(" STL" in line or " LDL" in line for line in sass.splitlines()),
         approximate=len(re.findall(r"\.(?:approx|full|ftz)\b", kernel.asm["ptx"])),
         wgmma=sum("QGMMA" in line for line in sass.splitlines()),
+        bf16_wgmma=sum("HGMMA" in line for line in sass.splitlines()),
     )
 
 

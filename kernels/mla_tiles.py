@@ -13,14 +13,14 @@ LOG2E = 1.4426950408889634
 CHUNK = 128  # queries whose scores the references hold at one time
 
 
-def supported(tensor: torch.Tensor) -> bool:
-    """Whether the attention kernels run on the tensor's device: an NVIDIA GPU from Hopper on, with Triton.
+def supported(device: torch.device) -> bool:
+    """Whether the attention kernels run on a device: an NVIDIA GPU from Hopper on, with Triton.
 
     Their tiles fill the shared memory of a Hopper multiprocessor; older GPUs have less.
     """
-    if not tensor.is_cuda or torch.version.hip is not None or backend.triton is None:
+    if device.type != "cuda" or torch.version.hip is not None or backend.triton is None:
         return False
-    return torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def runs_triton(name: str, tensor: torch.Tensor) -> bool:
@@ -29,7 +29,7 @@ def runs_triton(name: str, tensor: torch.Tensor) -> bool:
     Raises:
         RuntimeError: the tensor is on a GPU that the kernels do not support; a silent fallback would be slow.
     """
-    if tensor.is_cuda and not supported(tensor):
+    if tensor.is_cuda and not supported(tensor.device):
         raise RuntimeError(
             f"{name}: the tensor is on {torch.cuda.get_device_name(tensor.device)}, and the kernels need "
             "Triton and an NVIDIA GPU of compute capability (9, 0) or later; use "

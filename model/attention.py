@@ -1,7 +1,8 @@
 """Causal attention over expanded heads, with or without document boundaries.
 
 Pretraining packs documents without a mask between them (report §4.1); fine-tuning samples must not see each
-other (§5.1). Both go through `attend`: boundaries are the `segments` argument, and nothing else changes.
+other (§5.1). Both go through the same operator: boundaries are one more argument, and nothing else changes.
+On a Hopper GPU that operator is `kernels.mla_attention`, elsewhere PyTorch's (`attend`).
 Legend: B batch, T positions, H heads, K width of a query or key head, V width of a value head.
 """
 
@@ -10,6 +11,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def fused(device: torch.device) -> bool:
+    """Whether attention runs in the kernels of `kernels/`, which need a Hopper GPU."""
+    if device.type != "cuda":
+        return False
+    from kernels.mla_tiles import supported
+
+    return supported(device)
+
+
+def boundaries(segments_BT: Tensor) -> Tensor:
+    """What separates documents, in the form that attention takes on this device.
+
+    For the kernels the position where each position's document begins, int32 [B, T]; elsewhere a mask, bool
+    [B, 1, T, T].
+    """
+    if not fused(segments_BT.device):
+        return boundary_mask(segments_BT)
+    from kernels.mla_tiles import document_starts
+
+    return document_starts(segments_BT)
+
+
+def shortened(bounds: Tensor, length: int) -> Tensor:
+    """The boundaries of the first `length` positions."""
+    return bounds[:, :length] if bounds.dim() == 2 else bounds[..., :length, :length]
 
 
 def boundary_mask(segments_BT: Tensor) -> Tensor:

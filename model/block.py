@@ -26,9 +26,9 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, valid_BT: Tensor | None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None, valid_BT: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, bounds)
         normed = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             out, routing = self.mlp(normed, valid_BT)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention import attend
+from model.attention import attend, fused
 from model.config import ModelConfig
 from model.norm import RMSNorm
 from model.precision import Precision
@@ -59,13 +59,29 @@ class MultiHeadLatentAttention(nn.Module):
         latent, rotary = raw.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
         return self.kv_a_layernorm(latent), rotate(rotary, cos, sin)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Expanded form, for training: [B, T, D] -> [B, T, D]."""
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None = None) -> Tensor:
+        """Expanded form, for training: [B, T, D] -> [B, T, D]; `bounds` are those of `model.attention`."""
         q_BTHK = self.queries(x_BTD, cos, sin)
-        return self._attend(q_BTHK, *self._latent_and_key(x_BTD, cos, sin), mask)
+        attention = self._attend_fused if fused(x_BTD.device) else self._attend
+        out_BTHV = attention(q_BTHK, *self._latent_and_key(x_BTD, cos, sin), bounds)
+        return self.precision.linear(out_BTHV.flatten(-2), self.o_proj)
+
+    def _attend_fused(
+        self, q_BTHK: Tensor, latent_BTC: Tensor, key_BTR: Tensor, starts_BT: Tensor | None
+    ) -> Tensor:
+        """`_attend` in kernels that take content keys and values as they are made, and one rotary key."""
+        from kernels.mla_attention import mla_attention
+
+        both = remember(self._up_latent(latent_BTC), lambda: self._up_latent(latent_BTC))
+        return mla_attention(q_BTHK, both, key_BTR, self.scale, starts_BT)
+
+    def _up_latent(self, latent_BTC: Tensor) -> Tensor:
+        """Every head's content keys and values side by side, [B, T, H, N + V]."""
+        heads = self.config.num_attention_heads
+        return self.precision.linear(latent_BTC, self.kv_b_proj).unflatten(-1, (heads, -1))
 
     def _attend(self, q_BTHK: Tensor, latent_BTC: Tensor, key_BTR: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention after expanding latents into every head's keys and values."""
+        """Attention after expanding latents into every head's keys and values: [B, T, H, V]."""
         both = remember(
             self._up_key_value(latent_BTC, key_BTR), lambda: self._up_key_value(latent_BTC, key_BTR)
         )
@@ -73,8 +89,7 @@ class MultiHeadLatentAttention(nn.Module):
         # Split and not indexed: going back, each index would fill a tensor as large as both.
         k_BTHK, v_BTHV = both.split((width, both.shape[-1] - width), dim=-1)
         out_BHTV = attend(*(x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV)), self.scale, mask)
-        out_BTHV = out_BHTV[..., : self.config.v_head_dim].transpose(1, 2)
-        return self.precision.linear(out_BTHV.flatten(-2), self.o_proj)
+        return out_BHTV[..., : self.config.v_head_dim].transpose(1, 2)
 
     def _up_key_value(self, latent_BTC: Tensor, key_BTR: Tensor) -> Tensor:
         """Every head's keys and values side by side in one tensor, [B, T, H, K + V].
@@ -83,8 +98,7 @@ class MultiHeadLatentAttention(nn.Module):
         quarter more memory traffic on v and avoids the unfused path, which holds all scores.
         """
         c = self.config
-        kv = self.precision.linear(latent_BTC, self.kv_b_proj).unflatten(-1, (c.num_attention_heads, -1))
-        content, v_BTHV = kv.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
+        content, v_BTHV = self._up_latent(latent_BTC).split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
         shared = key_BTR.unsqueeze(-2).expand(-1, -1, c.num_attention_heads, -1)
         padding = max(0, c.qk_head_dim - c.v_head_dim)
         zeros = (v_BTHV.new_zeros(()).expand(*v_BTHV.shape[:-1], padding),) if padding else ()

@@ -35,9 +35,9 @@ class MTPModule(nn.Module):
         next_BTD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
+        bounds: Tensor | None,
         valid_BT: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
         """States of the depth before and embeddings of the tokens one further on -> this depth's states."""
         joined = torch.cat((self.enorm(next_BTD), self.hnorm(hidden_BTD)), dim=-1)
-        return self.block(self.precision.linear(joined, self.eh_proj), cos, sin, mask, valid_BT)
+        return self.block(self.precision.linear(joined, self.eh_proj), cos, sin, bounds, valid_BT)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.attention import boundary_mask
+from model.attention import boundaries, shortened
 from model.block import Block
 from model.config import ModelConfig
 from model.gate import Gate, Routing
@@ -91,14 +91,14 @@ class Transformer(nn.Module):
         `valid_BT` is False for padding, which counts nowhere in the routers' loads; by default what
         `segments_BT` says, and without it every token is real.
         """
-        mask = None if segments_BT is None else boundary_mask(segments_BT)
+        bounds = None if segments_BT is None else boundaries(segments_BT)
         if valid_BT is None and segments_BT is not None:
             valid_BT = segments_BT >= 0
         cos, sin = self.rotation(tokens_BT.shape[1])
         embedded = F.embedding(tokens_BT, self.embed_tokens).to(self.precision.activation_dtype)
         x, output = embedded, Output([])
         for layer in self.layers:
-            x, routing = layer(x, cos, sin, mask, valid_BT)
+            x, routing = layer(x, cos, sin, bounds, valid_BT)
             output.routings.extend([routing] if routing else [])
         output.states_BTD.append(self.norm(x))
         for depth, module in enumerate(self.mtp if mtp else (), start=1):
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
                 embedded[:, depth:],
                 cos[:keep],
                 sin[:keep],
-                None if mask is None else mask[..., :keep, :keep],
+                None if bounds is None else shortened(bounds, keep),
                 None if valid_BT is None else valid_BT[:, :keep],
             )
             output.routings.extend([routing] if routing else [])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kernels.cases import (
     adamw,
+    attention,
     cross_entropy,
     e5m6,
     gemm,
@@ -18,7 +19,19 @@ from kernels.cases import (
 )
 from kernels.cases.case import Case
 
-FAMILIES = (quantize, gemm, grouped, e5m6, permute, cross_entropy, swiglu, norm, transpose, adamw)
+FAMILIES = (
+    quantize,
+    gemm,
+    grouped,
+    e5m6,
+    permute,
+    cross_entropy,
+    swiglu,
+    norm,
+    transpose,
+    attention,
+    adamw,
+)
 
 
 def cases() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""The kernels of mla_attention.py and mla_attention_backward.py."""
+"""The kernels of mla_attention.py, mla_attention_backward.py and mla_decode.py."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels import mla_attention, mla_attention_backward
+from kernels import mla_attention, mla_attention_backward, mla_decode
 from kernels.cases.case import Case
-from kernels.mla_tiles import width_constants
+from kernels.mla_tiles import padded_width, width_constants
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PUBLISHED, SMALL, ODD = (128, 64, 128), (16, 16, 32), (10, 8, 14)
+PUBLISHED, ODD = (128, 64, 128), (10, 8, 14)
 
 
 def cases() -> Iterator[Case]:
     for dtype, widths, documents in (
         ("bf16", PUBLISHED, True),
         ("bf16", PUBLISHED, False),
-        ("bf16", SMALL, True),
         ("bf16", ODD, True),
         ("fp32", PUBLISHED, True),
-        ("fp32", ODD, True),
     ):
         yield from training_cases(dtype, widths, documents)
+    for dtype, heads, rank, rotary, index in (
+        ("bf16", 128, 512, 64, "i64"),
+        ("bf16", 16, 512, 64, "i32"),
+        ("fp32", 128, 512, 64, "i64"),
+    ):
+        yield from decoding_cases(dtype, heads, rank, rotary, index)
 
 
 def training_cases(dtype: str, widths: tuple[int, int, int], documents: bool) -> Iterator[Case]:
@@ -65,6 +69,7 @@ def training_cases(dtype: str, widths: tuple[int, int, int], documents: bool) ->
             aligned=tuple(types),
             options=config.options,
             exact=False,
+            bf16_tensor_core=dtype == "bf16",
         )
     yield Case(
         name=f"mla_attention delta {name}",
@@ -77,4 +82,42 @@ def training_cases(dtype: str, widths: tuple[int, int, int], documents: bool) ->
         },
         aligned=("grad", "out", "delta"),
         options=mla_attention_backward.DELTA_OPTIONS,
+    )
+
+
+def decoding_cases(dtype: str, heads: int, rank: int, rotary: int, index: str) -> Iterator[Case]:
+    """One split of a row, and the sum over splits."""
+    config = mla_decode.config_for(heads, DTYPES[dtype])
+    name = f"{dtype} {heads} heads, {rank}+{rotary}, table {index}"
+    tables = {"page_table": f"*{index}", "lengths": f"*{index}"}
+    results = {"out": f"*{dtype}", "parts": "*fp32", "lse": "*fp32"}
+    sizes = {"heads": "i32", "splits": "i32", "begin": "i32"}
+    yield Case(
+        name=f"mla_decode split {name}",
+        kernel=mla_decode.decode_kernel,
+        types={"query": f"*{dtype}", "latents": f"*{dtype}", **tables, **results, **sizes}
+        | {"pages": "i32", "scale": "fp32"},
+        constants={
+            "C": rank,
+            "R": rotary,
+            "C_PAD": padded_width(rank),
+            "R_PAD": padded_width(rotary),
+            "PAGE": 16,
+            "SPLIT": mla_decode.SPLIT,
+            "HEADS": config.heads,
+            "BLOCK": config.positions,
+        },
+        aligned=("query", "latents", *tables, *results),
+        options=config.options,
+        exact=False,
+        bf16_tensor_core=config is mla_decode.MANY_HEADS,
+    )
+    yield Case(
+        name=f"mla_decode combine {name}",
+        kernel=mla_decode.combine_kernel,
+        types={"lengths": f"*{index}", **results, **sizes},
+        constants={"C": rank, "C_PAD": padded_width(rank), "SPLIT": mla_decode.SPLIT},
+        aligned=("lengths", *results),
+        options=mla_decode.COMBINE_OPTIONS,
+        exact=False,
     )

@@ -12,7 +12,8 @@ class Case:
 
     `types` gives every argument in order; "1" is an integer known to be 1 (a unit stride). Arguments of
     `aligned` are known to be multiples of 16, as the launcher finds them for usual sizes. A kernel that
-    is not `exact` uses the hardware's exp and log, which are approximate.
+    is not `exact` uses the hardware's exp and log, which are approximate. Hopper's tensor-core instructions
+    are expected of FP8 with `tensor_core`, of BF16 with `bf16_tensor_core`.
     """
 
     name: str
@@ -22,4 +23,5 @@ class Case:
     aligned: tuple[str, ...]
     options: dict[str, Any]
     tensor_core: bool = False
+    bf16_tensor_core: bool = False
     exact: bool = True

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model.attention import attend
 from model.engine.experts import mixed, mixed_invariant, route
 from model.engine.pages import PAGE, Pages
-from model.engine.reading import CHUNK, Every, Plan, gathered, own_pages, plan, read, read_invariant
+from model.engine.reading import CHUNK, Every, Paged, Plan, gathered, own_pages, plan, read, read_invariant
 from model.engine.tiles import tiled
 from model.engine.weights import AttentionWeights, BlockWeights, ExpertWeights, Weights, opened
 from model.transformer import Transformer
@@ -62,7 +62,7 @@ class _Step:
     slots_S: Tensor
     decoding: int  # tokens of the decoding rows
     width: int
-    plan: Plan | None
+    plan: Plan | Paged | None
     stretches: list[Stretch]
     first: int
     every: Every | None = None

@@ -2,7 +2,8 @@
 
 What is read is planned once a step and used by every layer. Rows of similar length are read together, from
 a gathered copy; a long row whose pages lie in a few pieces is read where it lies, so that at long context a
-step costs the reading of its cache and no copy of it.
+step costs the reading of its cache and no copy of it. On a Hopper GPU `kernels.mla_decode` reads all rows
+through their page tables, and there is nothing to plan.
 Legend: B rows, T new tokens a row, H heads, W latent width (C + R), C key-value rank, L cached positions.
 """
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.attention import fused
 from model.engine.pages import PAGE, SCRATCH
 from model.engine.tiles import TILE, padded
 
@@ -50,16 +52,29 @@ class Plan:
     """Positions before this one are not read: the drafting layer has nothing at position 0."""
 
 
+@dataclass
+class Paged:
+    """Every token's own page table and how many positions it sees: what the kernel reads."""
+
+    table_SP: Tensor
+    seen_S: Tensor
+    first: int
+
+
 def own_pages(table_BP: np.ndarray) -> np.ndarray:
     """Page tables in which a row's first page stands for those that it does not have: what a row reads with
     weight zero is its own, and no other's NaN."""
     return np.where(table_BP == SCRATCH, table_BP[:, :1], table_BP)
 
 
-def plan(table_BP: np.ndarray, seen_BT: np.ndarray, device: torch.device, first: int = 0) -> Plan:
+def plan(table_BP: np.ndarray, seen_BT: np.ndarray, device: torch.device, first: int = 0) -> Plan | Paged:
     """How to read the cache for rows with page tables `table_BP` whose new tokens see the first `seen_BT`
     positions each (the token's own included)."""
     longest_B = seen_BT.max(1)
+    if fused(device):
+        table_SP = np.repeat(table_BP[:, : -(-int(longest_B.max()) // PAGE)], seen_BT.shape[1], 0)
+        seen_S = torch.from_numpy(seen_BT.reshape(-1)).to(device)
+        return Paged(torch.from_numpy(table_SP).to(device), seen_S, first)
     table_BP = own_pages(table_BP)
     parts: list[Bucket | Alone] = []
     short = np.flatnonzero(longest_B < LONG)
@@ -109,11 +124,13 @@ def _blocked(seen_bT: np.ndarray, length: int, first: int, device: torch.device)
     return torch.from_numpy((positions >= seen_bT[..., None]) | (positions < first)).to(device)
 
 
-def read(query_BTHW: Tensor, latents: Tensor, rank: int, plan: Plan) -> Tensor:
+def read(query_BTHW: Tensor, latents: Tensor, rank: int, plan: Plan | Paged) -> Tensor:
     """softmax(query . latent) latent of every new token and head -> [B, T, H, C], where C = `rank`.
 
     The query already carries the factor on scores.
     """
+    if isinstance(plan, Paged):
+        return _read_paged(query_BTHW, latents, rank, plan)
     if len(plan.parts) == 1 and isinstance(plan.parts[0], Bucket):
         return _read_bucket(query_BTHW, latents, rank, plan.parts[0])
     out = query_BTHW.new_empty(*query_BTHW.shape[:-1], rank)
@@ -125,6 +142,15 @@ def read(query_BTHW: Tensor, latents: Tensor, rank: int, plan: Plan) -> Tensor:
         else:
             out[part.rows] = _read_bucket(query_BTHW[part.rows], latents, rank, part)
     return out
+
+
+def _read_paged(query_BTHW: Tensor, latents: Tensor, rank: int, paged: Paged) -> Tensor:
+    from kernels.mla_decode import mla_decode
+
+    query_SHW = query_BTHW.flatten(0, 1)
+    tables = (paged.table_SP, paged.seen_S)
+    out_SHC = mla_decode(query_SHW, latents, *tables, 1.0, rank=rank, page=PAGE, first=paged.first)
+    return out_SHC.unflatten(0, query_BTHW.shape[:2])
 
 
 def gathered(latents: Tensor, pages: Tensor) -> Tensor:

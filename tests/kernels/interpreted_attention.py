@@ -56,7 +56,7 @@ def expected_by_reference(
 
 
 def documents(batch: int, length: int, generator: torch.Generator) -> list[torch.Tensor | None]:
-    """Segments: none, random ones and padding, one for each position, and one that ends just before the end."""
+    """Segments: none, random ones and padding, one for each position, and a short one at the very end."""
     packed = torch.randint(5, (batch, length), generator=generator).sort(1).values
     packed[:, length - length // 6 :] = -1
     lone = torch.arange(length).expand(batch, -1)

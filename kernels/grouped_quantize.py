@@ -28,10 +28,11 @@ from kernels.quantize import (
     check_values,
     dequantize,
     empty_quantized,
+    encode,
     launch_blocks,
     quantize_reference,
 )
-from kernels.transpose import quantize_columns_reference
+from kernels.transpose import encode_columns
 
 
 @dataclass(frozen=True)
@@ -199,27 +200,38 @@ def requantize_tokens(q: Quantized, offsets: torch.Tensor, *, power_of_two: bool
     check_offsets("requantize_tokens", offsets, q.shape[0], q.codes.device)
     if runs_triton(q.codes):
         return quantize_tokens_triton(q, offsets, power_of_two=power_of_two)
-    return quantize_tokens_reference(dequantize(q), offsets, power_of_two=power_of_two)
+    return quantize_tokens_reference(q, offsets, power_of_two=power_of_two)
 
 
 def quantize_tokens_reference(
-    x: torch.Tensor, offsets: torch.Tensor, *, power_of_two: bool = False
+    x: torch.Tensor | Quantized, offsets: torch.Tensor, *, power_of_two: bool = False
 ) -> Quantized:
     """The PyTorch reference, on any device: the kernel must agree with it bit for bit."""
-    row, valid = _token_rows(offsets, x.shape[0])
-    # Without any token there is still a tile or more of zeros, and a gather needs a row to read.
-    source = x if x.shape[0] > 0 else x.new_zeros(1, x.shape[1])
-    return quantize_columns_reference(
-        source.index_select(0, row).masked_fill_(~valid[:, None], 0.0), power_of_two
-    )
+    tokens, channels = x.shape
+    token, valid = _token_rows(offsets, tokens)
+
+    def values_of(rows: slice) -> torch.Tensor:
+        if tokens == 0:  # a gather needs a row to read
+            return torch.zeros((token[rows].numel(), channels), device=offsets.device)
+        if isinstance(x, Quantized):
+            codes = x.codes.view(torch.uint8).index_select(0, token[rows]).view(x.codes.dtype)
+            values = dequantize(Quantized(codes, x.scales.index_select(0, token[rows]), TILES))
+        else:
+            values = x.index_select(0, token[rows])
+        return values.masked_fill_(~valid[rows, None], 0.0)
+
+    return encode_columns(values_of, (token.numel(), channels), offsets.device, power_of_two)
 
 
 def quantize_tokens_both_reference(
     x: torch.Tensor, offsets: torch.Tensor, *, power_of_two: bool = False
 ) -> tuple[Quantized, Quantized]:
     """The PyTorch reference, on any device: the kernel must agree with it bit for bit."""
-    nobody = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
-    rows = quantize_reference(x.masked_fill(nobody[:, None], 0.0), TILES, power_of_two=power_of_two)
+    nobody = (torch.arange(x.shape[0], device=x.device) >= offsets[-1])[:, None]
+    codes, scales = encode(
+        lambda rows: x[rows].masked_fill(nobody[rows], 0.0), x.shape, TILES, x.device, power_of_two
+    )
+    rows = Quantized(codes, scales, TILES)
     return rows, quantize_tokens_reference(x, offsets, power_of_two=power_of_two)
 
 

@@ -24,6 +24,7 @@ Rules at the edges:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ TILE = 128
 TILES = (1, TILE)
 BLOCKS = (TILE, TILE)
 
+BAND_VALUES = 2**18  # values that the references take at a time
 TILE_ROWS = 32  # rows of 128 values that one program of the tile kernel quantises
 # Launch options. Without fusion every operation rounds on its own, as in the reference.
 TILE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -129,14 +131,37 @@ def quantize_blocks(w: torch.Tensor, *, power_of_two: bool = False) -> Quantized
 
 def quantize_reference(x: torch.Tensor, block: tuple[int, int], *, power_of_two: bool = False) -> Quantized:
     """The PyTorch reference of both quantisers, on any device: the kernels must agree with it bit for bit."""
-    codes, scales = encode_reference(x, block, power_of_two)
+    codes, scales = encode(lambda rows: x[rows], x.shape, block, x.device, power_of_two)
     return Quantized(codes, scales, block)
 
 
-def encode_reference(
+def encode(
+    values_of: Callable[[slice], torch.Tensor],
+    shape: torch.Size | tuple[int, int],
+    block: tuple[int, int],
+    device: torch.device,
+    power_of_two: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales, by PyTorch, of a matrix whose rows `values_of` gives, in blocks of any size.
+
+    Band by band the steps stay within the processor's cache, and temporary tensors small.
+    """
+    rows, cols = shape
+    codes = torch.empty((rows, cols), dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(_scale_shape((rows, cols), block), dtype=torch.float32, device=device)
+    band = TILE * max(1, BAND_VALUES // (TILE * max(1, cols)))
+    for start in range(0, rows, band):
+        at = slice(start, min(start + band, rows))
+        scale_rows = slice(start // block[0], -(-at.stop // block[0]))
+        # The cast is part of the copy.
+        codes[at], scales[scale_rows] = _scale_band(values_of(at), block, power_of_two)
+    return codes, scales
+
+
+def _scale_band(
     x: torch.Tensor, block: tuple[int, int], power_of_two: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of a matrix in blocks of any height and width."""
+    """Values times the inverse of their scale, and the scales."""
     rows, cols = x.shape
     height, width = block
     scale_rows, scale_cols = _scale_shape(x.shape, block)
@@ -151,7 +176,7 @@ def encode_reference(
     if spoiled.any():
         # The NaN of a product may carry either sign; torch.nan gives the one code 0x7F on every device.
         values.masked_fill_(spoiled[:, None, :, None], torch.nan)
-    return values.view(padded.shape)[:rows, :cols].to(torch.float8_e4m3fn).contiguous(), scales
+    return values.view(padded.shape)[:rows, :cols], scales
 
 
 def quantize_tiles_triton(x: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
@@ -217,7 +242,7 @@ def _scales(amax: torch.Tensor, power_of_two: bool) -> torch.Tensor:
     return torch.where(amax.isfinite(), scales, torch.nan)
 
 
-def _scale_shape(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
+def _scale_shape(shape: torch.Size | tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 

@@ -17,6 +17,8 @@ tokens grouped by expert see `kernels.grouped_quantize`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kernels import square
@@ -30,7 +32,7 @@ from kernels.quantize import (
     check_input,
     dequantize,
     empty_quantized,
-    encode_reference,
+    encode,
     quantize_reference,
 )
 
@@ -85,20 +87,29 @@ def quantize_blocks_both(w: torch.Tensor, *, power_of_two: bool = False) -> tupl
 
 def quantize_both_reference(x: torch.Tensor, *, power_of_two: bool = False) -> tuple[Quantized, Quantized]:
     """The PyTorch reference, on any device: the kernel must agree with it bit for bit."""
-    return quantize_reference(x, TILES, power_of_two=power_of_two), quantize_columns_reference(
-        x, power_of_two
-    )
+    columns = encode_columns(lambda rows: x[rows], x.shape, x.device, power_of_two)
+    return quantize_reference(x, TILES, power_of_two=power_of_two), columns
 
 
 def requantize_transpose_reference(q: Quantized | E5M6, *, power_of_two: bool = False) -> Quantized:
     """The PyTorch reference, on any device: the kernel must agree with it bit for bit."""
-    values = dequantize_e5m6_reference(q) if isinstance(q, E5M6) else dequantize(q)
-    return quantize_columns_reference(values, power_of_two)
+
+    def values_of(rows: slice) -> torch.Tensor:
+        if isinstance(q, E5M6):
+            return dequantize_e5m6_reference(E5M6(q.packed[rows], q.scales[rows], q.cols))
+        return dequantize(Quantized(q.codes[rows], q.scales[rows], TILES))
+
+    return encode_columns(values_of, q.shape, q.scales.device, power_of_two)
 
 
-def quantize_columns_reference(x: torch.Tensor, power_of_two: bool) -> Quantized:
-    """`quantize_tiles(x.t())`, but that bytes are transposed, not values: about twice as fast on a CPU."""
-    codes, scales = encode_reference(x, (TILE, 1), power_of_two)
+def encode_columns(
+    values_of: Callable[[slice], torch.Tensor], shape: torch.Size, device: torch.device, power_of_two: bool
+) -> Quantized:
+    """The transpose, in 1x128 tiles, of a matrix whose rows `values_of` gives.
+
+    Codes are transposed, not values: a quarter of the bytes.
+    """
+    codes, scales = encode(values_of, shape, (TILE, 1), device, power_of_two)
     return Quantized(codes.t().contiguous(), scales.t().contiguous(), TILES)
 
 

@@ -9,48 +9,42 @@ group the scales are constant, so taking them out of the sum changes nothing but
     a         1x128                       activations, output gradients
     b         128x128                     weights (fprop; transposed, dgrad)
     b         1x128                       transposed activations (wgrad)
+
+How the kernel is cut into tiles is said in `kernels.gemm_tiles`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
 from kernels.backend import jit, runs_triton, tl
+from kernels.gemm_tiles import (
+    BAND,
+    BLOCK_CONFIGS,
+    TILE_CONFIGS,
+    Config,
+    choose,
+    descriptor,
+    empty_rows,
+    fits_tma,
+    output_tile,
+    piece_columns,
+    pieces,
+    programs,
+    scales_by_group,
+    stored_tile,
+    sum_groups,
+    whole_groups,
+)
 from kernels.quantize import BLOCKS, TILE, TILES, Quantized, dequantize
-
-BAND = 8  # rows of output tiles walked together, so that their operands stay in the L2 cache
-
-
-@dataclass(frozen=True)
-class Config:
-    """Launch shape of the kernel: one output tile of block_m x block_n a program, K in steps of 128."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Triton's launch options. Fusion makes scaling and adding a group one instruction."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-
-
-# block_n must divide 128, so that a program meets one weight scale a step. 128x128 spills with 4 warps, and
-# with 8 where b has 1x128 tiles (a thread then holds 32 of their scales). SMALL leaves room for two programs
-# on a multiprocessor.
-SMALL = Config(block_m=64, block_n=128, num_warps=4, num_stages=4)
-LARGE = Config(block_m=128, block_n=128, num_warps=8, num_stages=4)
 
 
 def gemm(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """a [M, K] in 1x128 tiles times b [N, K] in 1x128 tiles or 128x128 blocks, transposed: [M, N].
 
     Sums are FP32 whatever the output type (FP32 or BF16). M, N and K are free; any of them may be 0. On a GPU
-    a K that is no multiple of 128 costs a padded copy of both operands' codes.
+    a K that is no multiple of 128 costs a padded copy of both operands' codes, and rows of the output that are
+    no multiple of 16 bytes cost a copy of it.
 
     Raises:
         ValueError, TypeError: shapes, blocks, devices or the output type do not fit.
@@ -59,22 +53,48 @@ def gemm(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.float32) -> 
     return gemm_triton(a, b, out_dtype) if runs_triton(a.codes) else gemm_reference(a, b, out_dtype)
 
 
-def gemm_triton(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The Triton kernel: what `gemm` runs on a GPU."""
-    _check(a, b, out_dtype)
+def gemm_add(a: Quantized, b: Quantized, out: torch.Tensor) -> None:
+    """out += a @ b.T: what `gemm` sums is added to `out` (FP32, contiguous, [M, N]) once, as it leaves the kernel.
+
+    For wgrad, into the buffer where gradients are summed. K = 0 leaves `out` untouched.
+
+    Raises:
+        ValueError, TypeError: shapes, blocks, devices or `out` do not fit.
+        RuntimeError: the operands are on a GPU without FP8 support.
+    """
+    if runs_triton(a.codes):
+        gemm_add_triton(a, b, out)
+    else:
+        gemm_add_reference(a, b, out)
+
+
+def gemm_triton(
+    a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.float32, config: Config | None = None
+) -> torch.Tensor:
+    """The Triton kernel: what `gemm` runs on a GPU, in the launch shape `config` or that of `choose`."""
+    _check(a, b)
+    if out_dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"gemm: out_dtype is {out_dtype}; use torch.float32 or torch.bfloat16")
     (m, k), n = a.shape, b.shape[0]
     if m == 0 or n == 0 or k == 0:
         return torch.zeros((m, n), dtype=out_dtype, device=a.codes.device)
-    out = torch.empty((m, n), dtype=out_dtype, device=a.codes.device)
-    config = config_for(m, b.block)
-    grid = (-(-m // config.block_m) * -(-n // config.block_n),)
-    with torch.cuda.device_of(a.codes):
-        gemm_kernel[grid](
-            whole_groups(a.codes), a.scales, whole_groups(b.codes), b.scales, out, m, n, a.scales.shape[1],
-            B_TILES=b.block == TILES, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BAND=BAND,
-            **config.options,
-        )  # fmt: skip
-    return out
+    out = empty_rows((m, n), out_dtype, a.codes.device)
+    _launch(a, b, out, config, add=False)
+    return out.contiguous()
+
+
+def gemm_add_triton(a: Quantized, b: Quantized, out: torch.Tensor, config: Config | None = None) -> None:
+    """The Triton kernel: what `gemm_add` runs on a GPU, in the launch shape `config` or that of `choose`."""
+    _check(a, b)
+    _check_out(a, b, out)
+    if out.numel() == 0 or a.shape[1] == 0:
+        return
+    if fits_tma(out):
+        _launch(a, b, out, config, add=True)
+    else:
+        wider = empty_rows(tuple(out.shape), out.dtype, out.device).copy_(out)
+        _launch(a, b, wider, config, add=True)
+        out.copy_(wider)
 
 
 def gemm_reference(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -83,7 +103,9 @@ def gemm_reference(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.fl
     Each group of 128 is summed and then added to the FP32 accumulator, in the kernel's order over groups. The
     limited precision of the tensor core inside a group is not imitated.
     """
-    _check(a, b, out_dtype)
+    _check(a, b)
+    if out_dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"gemm: out_dtype is {out_dtype}; use torch.float32 or torch.bfloat16")
     a_values, b_values = dequantize(a), dequantize(b)
     out = torch.zeros((a.shape[0], b.shape[0]), dtype=torch.float32, device=a.codes.device)
     for start in range(0, a.shape[1], TILE):
@@ -91,24 +113,40 @@ def gemm_reference(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.fl
     return out.to(out_dtype)
 
 
-def config_for(m: int, b_block: tuple[int, int]) -> Config:
-    """The launch shape for m output rows and a second operand in blocks of `b_block`."""
-    return LARGE if m > SMALL.block_m and b_block == BLOCKS else SMALL
+def gemm_add_reference(a: Quantized, b: Quantized, out: torch.Tensor) -> None:
+    """The PyTorch reference, and what runs on a CPU: the sum starts from zero and is added once, as in the kernel."""
+    _check(a, b)
+    _check_out(a, b, out)
+    if a.shape[1] > 0:
+        out += gemm_reference(a, b)
 
 
-def whole_groups(codes: torch.Tensor) -> torch.Tensor:
-    """The codes [..., K] with zero columns added up to a multiple of 128.
-
-    Masking K in the kernel instead gives up wide loads, since the rows of a ragged K start at odd addresses,
-    and the compiled kernel then spills registers.
-    """
-    missing = -codes.shape[-1] % TILE
-    if missing == 0:
-        return codes
-    return torch.nn.functional.pad(codes.view(torch.uint8), (0, missing)).view(codes.dtype)
+def configs_for(b_block: tuple[int, int], *, add: bool = False) -> tuple[Config, ...]:
+    """The launch shapes that `choose` may take, and a benchmark can try, for b in blocks of `b_block`."""
+    # To add, a thread reads the output into registers, which LARGE has none left for.
+    return TILE_CONFIGS if add or b_block == TILES else BLOCK_CONFIGS
 
 
-def _check(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> None:
+def _launch(a: Quantized, b: Quantized, out: torch.Tensor, config: Config | None, *, add: bool) -> None:
+    (m, n), device = out.shape, out.device
+    tiles = b.block == TILES
+    config = config or choose(configs_for(b.block, add=add), m, n, out.dtype, device)
+    b_scales = scales_by_group(b.scales) if tiles else b.scales
+    b_pieces = pieces(whole_groups(b.codes), 0, config)
+    out_pieces = pieces(out, config.block_m, config)
+    with torch.cuda.device_of(out):
+        gemm_kernel[(programs(config, config.tiles(m, n), device),)](
+            descriptor(whole_groups(a.codes), [config.block_m, TILE]), a.scales,
+            b_pieces["wide"], b_pieces["narrow"], b_scales,
+            out_pieces["wide"], out_pieces["narrow"], out if add else None,
+            m, n, a.scales.shape[1], b_scales.shape[1] if tiles else 1, out.stride(0),
+            B_TILES=tiles, ADD=add, FLATTEN=not (tiles or add),
+            BLOCK_M=config.block_m, WIDE=config.wide, NARROW=config.narrow, BAND=BAND,
+            **config.options(out.dtype, device),
+        )  # fmt: skip
+
+
+def _check(a: Quantized, b: Quantized) -> None:
     if a.block != TILES:
         raise ValueError(f"gemm: a is quantised in blocks of {a.block}; quantise it with quantize_tiles")
     if a.shape[1] != b.shape[1]:
@@ -117,59 +155,59 @@ def _check(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> None:
         )
     if a.codes.device != b.codes.device:
         raise ValueError(f"gemm: a is on {a.codes.device} and b on {b.codes.device}; move one of them")
-    if out_dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"gemm: out_dtype is {out_dtype}; use torch.float32 or torch.bfloat16")
 
 
-@jit
-def output_tile(program, tiles_m, tiles_n, BAND: tl.constexpr):
-    """Row and column of the output tile of `program`: bands of BAND rows of tiles, each walked by columns."""
-    band = program // (BAND * tiles_n)
-    band_rows = min(tiles_m - band * BAND, BAND)
-    tile_m = band * BAND + (program % (BAND * tiles_n)) % band_rows
-    tile_n = (program % (BAND * tiles_n)) // band_rows
-    return tile_m, tile_n
+def _check_out(a: Quantized, b: Quantized, out: torch.Tensor) -> None:
+    if out.dtype != torch.float32:
+        raise TypeError(f"gemm_add: out is {out.dtype}; sums are kept in torch.float32")
+    expected = (a.shape[0], b.shape[0])
+    if tuple(out.shape) != expected or not out.is_contiguous():
+        raise ValueError(
+            f"gemm_add: out has shape {tuple(out.shape)}; a {tuple(a.shape)} and b {tuple(b.shape)} "
+            f"need a contiguous {expected}"
+        )
+    if out.device != a.codes.device:
+        raise ValueError(f"gemm_add: out is on {out.device} and a on {a.codes.device}; move one of them")
 
 
 @jit
 def gemm_kernel(
-    a, a_scales, b, b_scales, out, M, N, GROUPS,
-    B_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr,
+    a, a_scales, wide_b, narrow_b, b_scales, wide_out, narrow_out, out,
+    M, N, GROUPS, B_SCALE_STRIDE, OUT_STRIDE,
+    B_TILES: tl.constexpr, ADD: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """One program: one BLOCK_M x BLOCK_N tile of the output. K is 128 * GROUPS."""
+    """Each program walks over output tiles of BLOCK_M x (WIDE + NARROW). K is 128 * GROUPS.
+
+    a, b and the output are TMA descriptors: what lies outside a matrix reads as zero and is not written. `out` is
+    the output's address, given only if it is added to.
+    """
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_m, tile_n = output_tile(tl.program_id(0), tiles_m, tiles_n, BAND)
-
-    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows past the edge read row 0 and are never stored: that way the loads need no mask.
-    row_in = tl.where(row < M, row, 0)
-    col_in = tl.where(col < N, col, 0)
-    inner = tl.arange(0, 128)
-    a_at = a + row_in.to(tl.int64)[:, None] * (GROUPS * 128) + inner[None, :]
-    b_at = b + col_in.to(tl.int64)[None, :] * (GROUPS * 128) + inner[:, None]
-    # 32 bits reach every scale (2**31 of them would go with 256 GiB of codes) and save registers.
-    a_scale_at = row_in * GROUPS
-    if B_TILES:
-        b_scale_at = col_in * GROUPS
-    else:
-        b_scale_at = (tile_n * BLOCK_N // 128) * GROUPS
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for group in range(0, GROUPS):
-        a_scale = tl.load(a_scales + a_scale_at + group)
-        b_scale = tl.load(b_scales + b_scale_at + group)
-        # A dot that starts from zero, then a separate addition: this is the promotion to FP32.
+    tiles_n = tl.cdiv(N, WIDE + NARROW)
+    # Flattened into one loop with that over K, loads run on from a tile into the next. With 1x128 scales of b, or with
+    # an output to read, there are no registers left for that.
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = output_tile(tile, tiles_m, tiles_n, BAND)
+        row = tile_m * BLOCK_M
+        wide, narrow = piece_columns(tile_n, WIDE, NARROW)
+        rows = row + tl.arange(0, BLOCK_M)
+        # 32 bits reach every scale (2**31 of them would go with 256 GiB of codes) and save registers.
+        a_scale_at = a_scales + tl.where(rows < M, rows, 0) * GROUPS
         if B_TILES:
-            total += tl.dot(tl.load(a_at), tl.load(b_at)) * a_scale[:, None] * b_scale[None, :]
+            wide_scale_at = b_scales + wide + tl.arange(0, WIDE)
+            narrow_scale_at = wide_scale_at
         else:
-            total += tl.dot(tl.load(a_at), tl.load(b_at)) * (a_scale * b_scale)[:, None]
-        a_at += 128
-        b_at += 128
-
-    inside = (row < M)[:, None] & (col < N)[None, :]
-    # One 64-bit address for the tile and 32-bit offsets inside it take fewer registers than 64-bit addresses.
-    corner = out + (tile_m * BLOCK_M).to(tl.int64) * N + tile_n * BLOCK_N
-    offset = tl.arange(0, BLOCK_M)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(corner + offset, total.to(out.dtype.element_ty), mask=inside)
+            last = (N - 1) // 128
+            wide_scale_at = b_scales + min(wide // 128, last) * GROUPS
+            narrow_scale_at = b_scales + min(narrow // 128, last) * GROUPS
+        wide_total, narrow_total = sum_groups(
+            a, wide_b, narrow_b, a_scale_at, wide_scale_at, narrow_scale_at, row, wide, narrow, 0, GROUPS,
+            B_SCALE_STRIDE, B_TILES, BLOCK_M, WIDE, NARROW,
+        )  # fmt: skip
+        if ADD:
+            tl.static_assert(NARROW == 0, "only the wide piece is added")
+            at, inside = stored_tile(out, row, wide, M, N, OUT_STRIDE, BLOCK_M, WIDE)
+            wide_total += tl.load(at, mask=inside, other=0.0)
+        wide_out.store([row, wide], wide_total.to(wide_out.dtype))
+        if NARROW > 0:
+            narrow_out.store([row, narrow], narrow_total.to(narrow_out.dtype))

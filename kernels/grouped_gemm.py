@@ -11,17 +11,37 @@ offsets on a GPU, so launch grids are the largest that any offsets could need. S
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.gemm import BAND, LARGE, SMALL, Config, output_tile, whole_groups
+from kernels.gemm_tiles import (
+    BAND,
+    LARGE,
+    MEDIUM,
+    SMALL,
+    TILE_CONFIGS,
+    Config,
+    choose,
+    descriptor,
+    empty_rows,
+    fits_tma,
+    output_tile,
+    piece_columns,
+    pieces,
+    programs,
+    scales_by_group,
+    stored_tile,
+    sum_groups,
+    whole_groups,
+)
 from kernels.grouped_quantize import QuantizedExperts, check_offsets, group_starts
 from kernels.quantize import TILE, TILES, Quantized, dequantize
 
-SUMS = (
-    SMALL  # launch shape of `grouped_gemm_k`: as in `gemm`, larger tiles spill where both have 1x128 scales
-)
+# The launch shapes that `config_for` may take, and a benchmark can try. Finding a tile's expert takes registers, and
+# with a fourth step in flight LARGE has none left.
+CONFIGS = (replace(LARGE, num_stages=3), MEDIUM, SMALL)
 
 
 def grouped_gemm(
@@ -42,25 +62,36 @@ def grouped_gemm(
 
 
 def grouped_gemm_triton(
-    a: Quantized, b: QuantizedExperts, offsets: torch.Tensor, out_dtype: torch.dtype = torch.float32
+    a: Quantized,
+    b: QuantizedExperts,
+    offsets: torch.Tensor,
+    out_dtype: torch.dtype = torch.float32,
+    config: Config | None = None,
 ) -> torch.Tensor:
-    """The Triton kernel: what `grouped_gemm` runs on a GPU."""
+    """The Triton kernel: what `grouped_gemm` runs on a GPU, in the launch shape `config` or that of `config_for`."""
     _check(a, b, offsets, out_dtype)
     (tokens, k), (experts, n, _) = a.shape, b.shape
+    device = a.codes.device
     if tokens == 0 or n == 0 or k == 0:
-        return torch.zeros((tokens, n), dtype=out_dtype, device=a.codes.device)
-    out = torch.empty((tokens, n), dtype=out_dtype, device=a.codes.device)
-    config = config_for(tokens, experts)
+        return torch.zeros((tokens, n), dtype=out_dtype, device=device)
+    out = empty_rows((tokens, n), out_dtype, device)
+    config = config or config_for(tokens, experts, n, out_dtype, device)
+    b_codes = whole_groups(b.codes)
+    b_pieces = pieces(b_codes.view(-1, b_codes.shape[2]), 0, config)
+    out_pieces = pieces(out, config.block_m, config)
     # The rows of no expert count as one more; each expert can add at most one tile that is not full.
-    grid = ((-(-tokens // config.block_m) + experts) * -(-n // config.block_n),)
-    with torch.cuda.device_of(a.codes):
-        grouped_gemm_kernel[grid](
-            whole_groups(a.codes), a.scales, whole_groups(b.codes), b.scales, offsets, out,
-            tokens, experts, n, a.scales.shape[1],
-            EXPERTS=experts_range(experts), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BAND=BAND,
-            **config.options,
+    most = (-(-tokens // config.block_m) + experts) * -(-n // config.block_n)
+    with torch.cuda.device_of(out):
+        grouped_gemm_kernel[(programs(config, most, device),)](
+            descriptor(whole_groups(a.codes), [config.block_m, TILE]), a.scales,
+            b_pieces["wide"], b_pieces["narrow"], b.scales, offsets,
+            out_pieces["wide"], out_pieces["narrow"], out,
+            tokens, experts, n, a.scales.shape[1], out.stride(0),
+            EXPERTS=experts_range(experts),
+            BLOCK_M=config.block_m, WIDE=config.wide, NARROW=config.narrow, BAND=BAND,
+            **config.options(out_dtype, device),
         )  # fmt: skip
-    return out
+    return out.contiguous()
 
 
 def grouped_gemm_reference(
@@ -93,20 +124,19 @@ def grouped_gemm_k(a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch
         grouped_gemm_k_reference(a, b, offsets, out)
 
 
-def grouped_gemm_k_triton(a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tensor) -> None:
-    """The Triton kernel: what `grouped_gemm_k` runs on a GPU."""
+def grouped_gemm_k_triton(
+    a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tensor, config: Config | None = None
+) -> None:
+    """The Triton kernel: what `grouped_gemm_k` runs on a GPU, in the launch shape `config` or that of `choose`."""
     _check_k(a, b, offsets, out)
-    experts, n, k = out.shape
     if out.numel() == 0 or a.shape[1] == 0:
         return
-    config = SUMS
-    grid = (-(-n // config.block_m) * -(-k // config.block_n), experts)
-    with torch.cuda.device_of(a.codes):
-        grouped_gemm_k_kernel[grid](
-            a.codes, a.scales, b.codes, b.scales, offsets, out, n, k, a.scales.shape[1],
-            EXPERTS=experts_range(experts), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BAND=BAND,
-            **config.options,
-        )  # fmt: skip
+    if fits_tma(out):
+        _launch_k(a, b, offsets, out, config)
+    else:
+        wider = empty_rows(tuple(out.shape), out.dtype, out.device).copy_(out)
+        _launch_k(a, b, offsets, wider, config)
+        out.copy_(wider)
 
 
 def grouped_gemm_k_reference(a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tensor) -> None:
@@ -121,14 +151,38 @@ def grouped_gemm_k_reference(a: Quantized, b: Quantized, offsets: torch.Tensor, 
             out[expert] += total
 
 
-def config_for(tokens: int, experts: int) -> Config:
-    """The launch shape of `grouped_gemm`, by the mean number of tokens: the host knows no other."""
-    return LARGE if tokens > SMALL.block_m * experts else SMALL
+def config_for(
+    tokens: int, experts: int, n: int, out_dtype: torch.dtype, device: torch.device
+) -> Config:
+    """The launch shape of `grouped_gemm`: SMALL up to a mean of 64 tokens an expert, the host knows no other.
+
+    Above, that of `choose` for one matrix of all tokens.
+    """
+    if tokens <= SMALL.block_m * experts:
+        return SMALL
+    return choose(CONFIGS, tokens, n, out_dtype, device)
 
 
 def experts_range(experts: int) -> int:
     """Length of the vector, a power of two from 32 on, in which a kernel reads the offsets of all experts."""
     return 1 << max(experts - 1, 31).bit_length()
+
+
+def _launch_k(
+    a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tensor, config: Config | None
+) -> None:
+    (experts, n, k), device = out.shape, out.device
+    config = config or choose(TILE_CONFIGS, n, experts * k, out.dtype, device)
+    b_scales = scales_by_group(b.scales)
+    with torch.cuda.device_of(out):
+        grouped_gemm_k_kernel[(programs(config, experts * config.tiles(n, k), device),)](
+            descriptor(whole_groups(a.codes), [config.block_m, TILE]), a.scales,
+            pieces(whole_groups(b.codes), 0, config)["wide"], b_scales, offsets,
+            pieces(out, config.block_m, config)["wide"], out,
+            experts, n, k, a.scales.shape[1], b_scales.shape[1], out.stride(0), out.stride(1),
+            EXPERTS=experts_range(experts), BLOCK_M=config.block_m, WIDE=config.wide, BAND=BAND,
+            **config.options(out.dtype, device),
+        )  # fmt: skip
 
 
 def _add_groups(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -191,87 +245,116 @@ def _check_k(a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tenso
 
 @jit
 def grouped_gemm_kernel(
-    a, a_scales, b, b_scales, offsets, out, TOKENS, NUM_EXPERTS, N, GROUPS,
-    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr,
+    a, a_scales, wide_b, narrow_b, b_scales, offsets, wide_out, narrow_out, out,
+    TOKENS, NUM_EXPERTS, N, GROUPS, OUT_STRIDE,
+    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """One program: one BLOCK_M x BLOCK_N tile of one expert's output. K is 128 * GROUPS."""
-    tiles_m = tl.cdiv(TOKENS, BLOCK_M) + NUM_EXPERTS
-    tile, tile_n = output_tile(tl.program_id(0), tiles_m, tl.cdiv(N, BLOCK_N), BAND)
-    # Which expert's tile is it? The first whose tiles, and those of all before, are more than `tile`.
+    """Each program walks over output tiles: the full ones of all experts, their last ones, then rows of no expert.
+
+    a, b (the experts one below the other) and the output are TMA descriptors, `out` is the output's address.
+    K is 128 * GROUPS. Only the full tiles are flattened into one loop with that over K (kernels.gemm): the compiler
+    allows no branch there, and a tile that is not full must not be stored into the rows of the next expert.
+    """
+    tiles_n = tl.cdiv(N, WIDE + NARROW)
+    tokens = expert_tokens(offsets, NUM_EXPERTS, EXPERTS)
+    # Full tiles, and rows left over by them, of all experts up to and including each one.
+    full_ends = tl.cumsum(tokens // BLOCK_M, 0)
+    left_ends = tl.cumsum(tokens % BLOCK_M, 0)
+    tiles_m = tl.max(full_ends, 0)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = output_tile(tile, tiles_m, tiles_n, BAND)
+        expert = tl.sum((full_ends <= tile_m).to(tl.int32), 0)  # the first that ends after the tile
+        row = tile_m * BLOCK_M + tl.max(tl.where(full_ends <= tile_m, left_ends, 0), 0)
+        wide, narrow = piece_columns(tile_n, WIDE, NARROW)
+        wide_total, narrow_total = expert_sums(
+            a, a_scales, wide_b, narrow_b, b_scales, expert, row, wide, narrow, TOKENS, N, GROUPS,
+            BLOCK_M, WIDE, NARROW,
+        )  # fmt: skip
+        wide_out.store([row, wide], wide_total.to(out.dtype.element_ty))
+        if NARROW > 0:
+            narrow_out.store([row, narrow], narrow_total.to(out.dtype.element_ty))
+
+    # The program whose turn it is goes on, with wide pieces alone.
+    turn = (tl.program_id(0) + tl.num_programs(0) - tiles_m * tiles_n % tl.num_programs(0)) % tl.num_programs(0)
+    left_over = expert_tokens(offsets, NUM_EXPERTS, EXPERTS) % BLOCK_M > 0
+    last_ends = tl.cumsum(left_over.to(tl.int32), 0)
+    tiles_m = tl.max(last_ends, 0)
+    tiles_n = tl.cdiv(N, WIDE)
+    for tile in tl.range(turn, tiles_m * tiles_n, tl.num_programs(0), disable_licm=True):
+        tile_m, tile_n = output_tile(tile, tiles_m, tiles_n, BAND)
+        expert = tl.sum((last_ends <= tile_m).to(tl.int32), 0)
+        begin = tl.load(offsets + expert).to(tl.int32)
+        end = tl.load(offsets + expert + 1).to(tl.int32)
+        row = end - (end - begin) % BLOCK_M
+        col = tile_n * WIDE
+        total, _ = expert_sums(
+            a, a_scales, wide_b, wide_b, b_scales, expert, row, col, col, TOKENS, N, GROUPS, BLOCK_M, WIDE, 0
+        )
+        at, inside = stored_tile(out, row, col, end, N, OUT_STRIDE, BLOCK_M, WIDE)
+        tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+
+    used = tl.load(offsets + NUM_EXPERTS).to(tl.int32)
+    for tile in range(tl.program_id(0), tl.cdiv(TOKENS - used, BLOCK_M) * tiles_n, tl.num_programs(0)):
+        row = used + tile // tiles_n * BLOCK_M
+        at, inside = stored_tile(out, row, tile % tiles_n * WIDE, TOKENS, N, OUT_STRIDE, BLOCK_M, WIDE)
+        tl.store(at, tl.zeros((BLOCK_M, WIDE), dtype=out.dtype.element_ty), mask=inside)
+
+
+@jit
+def expert_tokens(offsets, NUM_EXPERTS, EXPERTS: tl.constexpr):
+    """Tokens of each expert, and zeros up to a power of two."""
     index = tl.arange(0, EXPERTS)
-    lower = tl.load(offsets + index, mask=index < NUM_EXPERTS, other=0).to(tl.int32)
-    upper = tl.load(offsets + index + 1, mask=index < NUM_EXPERTS, other=0).to(tl.int32)
-    tiles = tl.cdiv(upper - lower, BLOCK_M)
-    before = (tl.cumsum(tiles, 0) <= tile) & (index < NUM_EXPERTS)
-    expert = tl.sum(before.to(tl.int32), axis=0)
-    tile_m = tile - tl.sum(tl.where(before, tiles, 0), axis=0)
-    # Rows of no expert form one more group, whose sum has no terms: its output is zero.
-    begin = tl.load(offsets + expert).to(tl.int32)
-    end = tl.load(offsets + expert + 1, mask=expert < NUM_EXPERTS, other=TOKENS).to(tl.int32)
-    groups = tl.where(expert < NUM_EXPERTS, GROUPS, 0)
-    expert = tl.minimum(expert, NUM_EXPERTS - 1).to(tl.int64)
+    lower = tl.load(offsets + index, mask=index < NUM_EXPERTS, other=0)
+    return (tl.load(offsets + index + 1, mask=index < NUM_EXPERTS, other=0) - lower).to(tl.int32)
 
-    row = begin + tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows past the edge read row 0 and are never stored: that way the loads need no mask.
-    row_in = tl.where(row < end, row, 0)
-    col_in = tl.where(col < N, col, 0)
-    inner = tl.arange(0, 128)
-    a_at = a + row_in.to(tl.int64)[:, None] * (GROUPS * 128) + inner[None, :]
-    b_at = b + expert * N * (GROUPS * 128) + col_in.to(tl.int64)[None, :] * (GROUPS * 128) + inner[:, None]
-    a_scale_at = row_in * GROUPS
-    b_scales += (expert * tl.cdiv(N, 128) + tile_n * BLOCK_N // 128) * GROUPS
 
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for group in range(0, groups):
-        scale = tl.load(a_scales + a_scale_at + group) * tl.load(b_scales + group)
-        # A dot that starts from zero, then a separate addition: this is the promotion to FP32.
-        total += tl.dot(tl.load(a_at), tl.load(b_at)) * scale[:, None]
-        a_at += 128
-        b_at += 128
-
-    inside = (row < end)[:, None] & (col < N)[None, :]
-    corner = out + (begin + tile_m * BLOCK_M).to(tl.int64) * N + tile_n * BLOCK_N
-    offset = tl.arange(0, BLOCK_M)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(corner + offset, total.to(out.dtype.element_ty), mask=inside)
+@jit
+def expert_sums(
+    a, a_scales, wide_b, narrow_b, b_scales, expert, row, wide, narrow, TOKENS, N, GROUPS,
+    BLOCK_M: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Sums of the two pieces of a tile of one expert, from row `row` of all tokens on."""
+    rows = row + tl.arange(0, BLOCK_M)
+    a_scale_at = a_scales + tl.where(rows < TOKENS, rows, 0) * GROUPS
+    last = (N - 1) // 128
+    expert_scales = b_scales + expert * (last + 1) * GROUPS
+    return sum_groups(
+        a, wide_b, narrow_b, a_scale_at, expert_scales + min(wide // 128, last) * GROUPS,
+        expert_scales + min(narrow // 128, last) * GROUPS, row, expert * N + wide, expert * N + narrow,
+        0, GROUPS, 1, False, BLOCK_M, WIDE, NARROW,
+    )  # fmt: skip
 
 
 @jit
 def grouped_gemm_k_kernel(
-    a, a_scales, b, b_scales, offsets, out, N, K, GROUPS,
-    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr,
+    a, a_scales, b, b_scales, offsets, wide_out, out,
+    NUM_EXPERTS, N, K, GROUPS, B_SCALE_STRIDE, EXPERT_STRIDE, OUT_STRIDE,
+    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """One program: one BLOCK_M x BLOCK_N tile of one expert's [N, K]. A row has 128 * GROUPS codes."""
-    tile_m, tile_n = output_tile(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(K, BLOCK_N), BAND)
-    expert = tl.program_id(1)
+    """Each program walks over the BLOCK_M x WIDE tiles of all experts' [N, K]. A row has 128 * GROUPS codes.
+
+    a, b and `wide_out` are TMA descriptors, `out` is the output's address.
+    """
+    tiles_m = tl.cdiv(N, BLOCK_M)
+    tiles_n = tl.cdiv(K, WIDE)
     index = tl.arange(0, EXPERTS)
-    lower = tl.load(offsets + index, mask=index <= expert, other=0).to(tl.int32)
-    upper = tl.load(offsets + index + 1, mask=index <= expert, other=0).to(tl.int32)
-    filled = tl.cdiv(upper - lower, 128)
-    first = tl.sum(tl.where(index < expert, filled, 0), axis=0)
-    groups = tl.sum(tl.where(index == expert, filled, 0), axis=0)
-
-    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows past the edge read row 0 and are never stored: that way the loads need no mask.
-    row_in = tl.where(row < N, row, 0)
-    col_in = tl.where(col < K, col, 0)
-    inner = tl.arange(0, 128)
-    start = first.to(tl.int64) * 128
-    a_at = a + start + row_in.to(tl.int64)[:, None] * (GROUPS * 128) + inner[None, :]
-    b_at = b + start + col_in.to(tl.int64)[None, :] * (GROUPS * 128) + inner[:, None]
-    a_scale_at = row_in * GROUPS + first
-    b_scale_at = col_in * GROUPS + first
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for group in range(0, groups):
-        a_scale = tl.load(a_scales + a_scale_at + group)
-        b_scale = tl.load(b_scales + b_scale_at + group)
-        total += tl.dot(tl.load(a_at), tl.load(b_at)) * a_scale[:, None] * b_scale[None, :]
-        a_at += 128
-        b_at += 128
-
-    inside = (row < N)[:, None] & (col < K)[None, :] & (groups > 0)
-    corner = out + (expert.to(tl.int64) * N + tile_m * BLOCK_M) * K + tile_n * BLOCK_N
-    at = corner + tl.arange(0, BLOCK_M)[:, None] * K + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+    filled = tl.cdiv(expert_tokens(offsets, NUM_EXPERTS, EXPERTS), 128)
+    for tile in range(tl.program_id(0), NUM_EXPERTS * tiles_m * tiles_n, tl.num_programs(0)):
+        expert = tile // (tiles_m * tiles_n)
+        tile_m, tile_n = output_tile(tile % (tiles_m * tiles_n), tiles_m, tiles_n, BAND)
+        first = tl.sum(tl.where(index < expert, filled, 0), 0)
+        groups = tl.sum(tl.where(index == expert, filled, 0), 0)
+        row = tile_m * BLOCK_M
+        col = tile_n * WIDE
+        rows = row + tl.arange(0, BLOCK_M)
+        a_scale_at = a_scales + tl.where(rows < N, rows, 0) * GROUPS
+        b_scale_at = b_scales + col + tl.arange(0, WIDE)
+        total, _ = sum_groups(
+            a, b, b, a_scale_at, b_scale_at, b_scale_at, row, col, col, first, groups,
+            B_SCALE_STRIDE, True, BLOCK_M, WIDE, 0,
+        )  # fmt: skip
+        if groups > 0:
+            corner = out + expert.to(tl.int64) * EXPERT_STRIDE
+            at, inside = stored_tile(corner, row, col, N, K, OUT_STRIDE, BLOCK_M, WIDE)
+            total += tl.load(at, mask=inside, other=0.0)
+            wide_out.store([expert, row, col], total.reshape(1, BLOCK_M, WIDE))

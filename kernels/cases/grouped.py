@@ -4,36 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels import gemm, grouped_gemm
+from kernels import gemm_tiles, grouped_gemm
 from kernels.cases.case import Case
+from kernels.cases.gemm import options, piece_types, tile_constants
 
 
 def cases() -> Iterator[Case]:
-    operands = {"a": "*fp8e4nv", "a_scales": "*fp32", "b": "*fp8e4nv", "b_scales": "*fp32"}
-    grouped = {"TOKENS": "i32", "NUM_EXPERTS": "i32", "N": "i32", "GROUPS": "i32"}
-    along_tokens = {"N": "i32", "K": "i32", "GROUPS": "i32"}
-    rows = ("grouped_gemm", grouped_gemm.grouped_gemm_kernel, grouped)
-    sums = ("grouped_gemm_k", grouped_gemm.grouped_gemm_k_kernel, along_tokens)
-    for (name, kernel, sizes), config, experts, offsets, out, aligned in (
-        (rows, gemm.SMALL, 256, "i64", "bf16", ("TOKENS", "N")),
-        (rows, gemm.SMALL, 8, "i32", "fp32", ()),
-        (rows, gemm.LARGE, 256, "i64", "bf16", ("TOKENS", "N")),
-        (rows, gemm.LARGE, 8, "i32", "fp32", ()),
-        (sums, grouped_gemm.SUMS, 256, "i64", "fp32", ("N", "K")),
-        (sums, grouped_gemm.SUMS, 8, "i32", "fp32", ()),
-    ):
-        ragged = "" if aligned else " ragged"
-        yield Case(
-            name=f"{name} {config.block_m}x{config.block_n}, {experts} experts, {out}{ragged}",
-            kernel=kernel,
-            types={**operands, "offsets": f"*{offsets}", "out": f"*{out}", **sizes},
-            constants={
-                "EXPERTS": grouped_gemm.experts_range(experts),
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-                "BAND": gemm.BAND,
-            },
-            aligned=(*operands, "offsets", "out", *aligned),
-            options=config.options,
-            tensor_core=True,
-        )
+    yield from _rows()
+    yield from _sums()
+
+
+def _rows() -> Iterator[Case]:
+    for config in grouped_gemm.CONFIGS:
+        for experts, offsets, out in ((256, "i64", "bf16"), (8, "i32", "fp32")):
+            types, absent = piece_types(config, out)
+            pointers = {"a_scales": "*fp32", "b_scales": "*fp32", "offsets": f"*{offsets}", "out": f"*{out}"}
+            sizes = ("TOKENS", "NUM_EXPERTS", "N", "GROUPS", "OUT_STRIDE")
+            yield Case(
+                name=f"grouped_gemm {config.block_m}x{config.block_n}, {experts} experts, {out}",
+                kernel=grouped_gemm.grouped_gemm_kernel,
+                types={**types, **pointers, **{size: "i32" for size in sizes}},
+                constants={
+                    **absent,
+                    **tile_constants(config),
+                    "EXPERTS": grouped_gemm.experts_range(experts),
+                },
+                aligned=(*pointers, "TOKENS", "N", "OUT_STRIDE"),
+                options=options(config, out),
+                tensor_core=True,
+            )
+
+
+def _sums() -> Iterator[Case]:
+    for config in gemm_tiles.TILE_CONFIGS:
+        for experts, offsets in ((256, "i64"), (8, "i32")):
+            types, _ = piece_types(config, "fp32", leading="1,")
+            pointers = {"a_scales": "*fp32", "b_scales": "*fp32", "offsets": f"*{offsets}", "out": "*fp32"}
+            strides = ("B_SCALE_STRIDE", "EXPERT_STRIDE", "OUT_STRIDE")
+            constants = {**tile_constants(config), "EXPERTS": grouped_gemm.experts_range(experts)}
+            del constants["NARROW"]
+            yield Case(
+                name=f"grouped_gemm_k {config.block_m}x{config.block_n}, {experts} experts",
+                kernel=grouped_gemm.grouped_gemm_k_kernel,
+                types={
+                    "a": types["a"],
+                    "b": types["wide_b"],
+                    "wide_out": types["wide_out"],
+                    **pointers,
+                    **{size: "i32" for size in ("NUM_EXPERTS", "N", "K", "GROUPS", *strides)},
+                },
+                constants=constants,
+                aligned=(*pointers, "N", "K", *strides),
+                options=options(config, "fp32"),
+                tensor_core=True,
+            )

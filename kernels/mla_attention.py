@@ -24,9 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from kernels import mla_attention_backward as backward
 from kernels.backend import jit, tl
-from kernels.gemm import Config
 from kernels.mla_tiles import (
     LOG2E,
+    Config,
     load_rows,
     position_of,
     runs_triton,

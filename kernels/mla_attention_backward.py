@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 
 from kernels.backend import jit, tl
-from kernels.gemm import Config
 from kernels.mla_tiles import (
     LOG2E,
+    Config,
     document_ends,
     load_rows,
     position_of,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +13,21 @@ from kernels.backend import jit, tl
 
 LOG2E = 1.4426950408889634
 CHUNK = 128  # queries whose scores the references hold at one time
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch shape: tiles of block_m queries and block_n keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's launch options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 def supported(device: torch.device) -> bool:

@@ -12,10 +12,15 @@ import torch
 from kernels.quantize import Quantized
 
 
+def two_to(exponent: torch.Tensor) -> torch.Tensor:
+    """float64 powers of two from -1022 to 1023, by their bits: a GPU's pow need not be exact."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
 def nearest(x: torch.Tensor, fraction_bits: int, min_exponent: int, biggest: float) -> torch.Tensor:
     """float64 `x` rounded to nearest even in a floating-point format, saturating at +-`biggest`."""
     exponent = torch.frexp(x).exponent - 1
-    step = torch.ldexp(torch.ones_like(x), exponent.clamp(min=min_exponent) - fraction_bits)
+    step = two_to(exponent.clamp(min=min_exponent) - fraction_bits)
     return ((x / step).round() * step).clamp(-biggest, biggest)
 
 
@@ -26,7 +31,7 @@ def e4m3(x: torch.Tensor) -> torch.Tensor:
 def power_above(x: torch.Tensor) -> torch.Tensor:
     """The smallest power of two from `x` on."""
     mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int())
+    return two_to(exponent - (mantissa == 0.5).int())
 
 
 def spread(scales: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -76,6 +77,48 @@ def deepgemm(a: Quantized, b: Quantized) -> Callable[[], torch.Tensor]:
     return call
 
 
+def added(a: Quantized, b: Quantized, out: torch.Tensor, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """A product added into FP32."""
+    x, w = dequantize(a, dtype), dequantize(b, dtype)
+    sums = torch.zeros_like(out)
+    return lambda: sums.add_(x @ w.t())
+
+
+def launches(a: Quantized, b: Quantized, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
+    """The GEMM in each of its launch shapes."""
+    return {
+        str(config): partial(gemm.gemm_triton, a, b, dtype, config) for config in gemm.configs_for(b.block)
+    }
+
+
+def add(a: Quantized, b: Quantized, out: torch.Tensor, **options: Any) -> torch.Tensor:
+    (gemm.gemm_add_triton if options else gemm.gemm_add)(a, b, out, **options)
+    return out
+
+
+def add_launches(a: Quantized, b: Quantized, out: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """The GEMM that adds in each of its launch shapes, each into a buffer of its own."""
+    return {
+        str(config): partial(add, a, b, out.clone(), config=config)
+        for config in gemm.configs_for(b.block, add=True)
+    }
+
+
+def moved_add(m: int, n: int, k: int) -> int:
+    """Bytes of both operands' codes and scales, and of the FP32 sums, read and written."""
+    return moved(m, n, k, TILES, 2 * 4)
+
+
+def make_add(draw: Draw, m: int, n: int, k: int) -> Inputs:
+    a, b = (quantize_tiles(draw.values(rows, k)) for rows in (m, n))
+    return a, b, draw.values(m, n)
+
+
+def error_add(inputs: Inputs, found: torch.Tensor) -> float:
+    a, b, before = inputs
+    return relative_error(found, before.double() + values_of(a) @ values_of(b).t())
+
+
 def entry(
     operands: str,
     block: tuple[int, int],
@@ -107,6 +150,7 @@ def entry(
         exact=(),
         timed=timed,
         small=small,
+        launches=partial(launches, dtype=dtype),
         unit="TFLOPS",
         peers=[
             Peer("cuBLAS BF16", bf16, goal=times_cublas),
@@ -124,6 +168,29 @@ ENTRIES = [
     entry("fprop", BLOCKS, torch.bfloat16, shapes.FPROP, SMALL, goal=1000, times_cublas=1.5),
     entry("dgrad", BLOCKS, torch.bfloat16, shapes.DGRAD, goal=1000, times_cublas=1.5),
     entry("wgrad", TILES, torch.float32, shapes.WGRAD, SMALL, goal=700),
+    Entry(
+        "gemm_add",
+        "wgrad",
+        make_add,
+        add,
+        error_add,
+        "relative error, FP32",
+        MAX_ERROR_FP32,
+        CHECKED,
+        moved=moved_add,
+        flops=flops,
+        exact=(),
+        timed=shapes.WGRAD,
+        small=SMALL,
+        launches=add_launches,
+        unit="TFLOPS",
+        # Ours adds to its buffer and the peer to its own: after the first call they are not alike.
+        peers=[
+            Peer("cuBLAS BF16, added", partial(added, dtype=torch.bfloat16), alike=False),
+            Peer("torch FP32, added", partial(added, dtype=torch.float32), "cpu", alike=False),
+        ],
+        goal=700,
+    ),
     entry("blocks to FP32", BLOCKS, torch.float32),
     entry("tiles to BF16", TILES, torch.bfloat16),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from kernels import grouped_gemm
 from kernels.bench import shapes
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape, Sizes
 from kernels.bench.oracle import values_of
+from kernels.gemm_tiles import TILE_CONFIGS
 from kernels.grouped_quantize import (
     QuantizedExperts,
     group_starts,
@@ -66,9 +68,32 @@ def make_sums(draw: Draw, tokens: int, n: int, k: int, experts: int) -> Inputs:
     return *operands, offsets, out
 
 
-def add_sums(a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    grouped_gemm.grouped_gemm_k(a, b, offsets, out)
+def add_sums(
+    a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    (grouped_gemm.grouped_gemm_k_triton if options else grouped_gemm.grouped_gemm_k)(
+        a, b, offsets, out, **options
+    )
     return out
+
+
+def launches_rows(
+    a: Quantized, b: QuantizedExperts, offsets: torch.Tensor, dtype: torch.dtype
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """The GEMM over rows in each of its launch shapes."""
+    return {
+        str(config): partial(grouped_gemm.grouped_gemm_triton, a, b, offsets, dtype, config)
+        for config in grouped_gemm.CONFIGS
+    }
+
+
+def launches_sums(
+    a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tensor
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """The GEMM along tokens in each of its launch shapes, each into a buffer of its own."""
+    return {
+        str(config): partial(add_sums, a, b, offsets, out.clone(), config=config) for config in TILE_CONFIGS
+    }
 
 
 def error_rows(inputs: Inputs, found: torch.Tensor) -> float:
@@ -183,6 +208,7 @@ def rows_entry(
         exact=(),
         timed=timed,
         small=small,
+        launches=partial(launches_rows, dtype=dtype),
         unit="TFLOPS",
         peers=[
             *one_by_one(each),
@@ -211,6 +237,7 @@ ENTRIES = [
         exact=(),
         timed=shapes.GROUPED_WGRAD,
         small=SMALL,
+        launches=launches_sums,
         unit="TFLOPS",
         # Ours adds to its buffer and the peer to its own: after the first call they are not alike.
         peers=one_by_one(each_sum, alike=False),

@@ -85,6 +85,8 @@ def test_tokens_are_spread_unevenly(tokens: int, experts: int) -> None:
         # Codes of a and b; two scales for each of 3 rows, two blocks for the 5 rows of b; a BF16 output.
         (gemm.moved(3, 5, 256, BLOCKS, 2), 3 * 256 + 5 * 256 + 4 * (3 * 2 + 2) + 2 * 3 * 5),
         (gemm.moved(3, 5, 256, TILES, 4), 3 * 256 + 5 * 256 + 4 * (3 * 2 + 5 * 2) + 4 * 3 * 5),
+        # The same operands; FP32 sums, read and written.
+        (gemm.moved_add(3, 5, 256), 3 * 256 + 5 * 256 + 4 * (3 * 2 + 5 * 2) + 2 * 4 * 3 * 5),
         (grouped.flops(3, 5, 256, 2), 2 * 3 * 5 * 256),
         (grouped.moved_rows(3, 5, 256, 2), (3 + 2 * 5) * 256 + 4 * (3 * 2 + 2 * 2) + 8 * 3 + 2 * 3 * 5),
         # Two experts with 300 tokens can fill 4 groups of 128; the sums are read and written.

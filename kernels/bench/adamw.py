@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,7 +106,7 @@ def error_copies(inputs: Inputs, found: Tensors) -> float:
 
 
 def error_norm(inputs: Inputs, found: torch.Tensor) -> float:
-    return relative_error(found, torch.tensor(math.sqrt(float((joined(inputs[0]) ** 2).sum()))))
+    return relative_error(found, torch.linalg.vector_norm(joined(inputs[0])))
 
 
 def fused(weights: Tensors, grads: Tensors, *_: Any) -> Callable[[], object]:

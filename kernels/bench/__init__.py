@@ -6,6 +6,7 @@ from kernels.bench import (
     adamw,
     attention,
     cross_entropy,
+    decode,
     e5m6,
     gemm,
     grouped,
@@ -31,6 +32,7 @@ FAMILIES = {
     "permute": permute,
     "e5m6": e5m6,
     "attention": attention,
+    "decode": decode,
     "adamw": adamw,
     "cross_entropy": cross_entropy,
 }

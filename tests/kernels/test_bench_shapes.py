@@ -8,6 +8,7 @@ from kernels.bench import (
     adamw,
     attention,
     cross_entropy,
+    decode,
     e5m6,
     gemm,
     grouped,
@@ -132,6 +133,9 @@ def test_tokens_are_spread_unevenly(tokens: int, experts: int) -> None:
         # Queries, content keys with values, and outputs of 8 positions and 3 heads; one rotary key.
         (attention.moved(2, 4, 3, 16, 8, 5, 2), 2 * (8 * 3 * (24 + 16 + 5 + 5) + 8 * 8)),
         (attention.moved_both(2, 4, 3, 16, 8, 5, 2), 2 * 2 * (8 * 3 * (24 + 16 + 5 + 5) + 8 * 8)),
+        # 4 rows of 20 positions in 2 pages, 3 heads; latents of 16 and a rotary key of 8.
+        (decode.flops(4, 20, 3, 16, 8), 4 * 20 * 3 * 2 * (24 + 16)),
+        (decode.moved(4, 20, 3, 16, 8, 2), 4 * (20 * 24 * 2 + 4 * 2 + 4 + 3 * (24 + 16) * 2)),
         (cross_entropy.flops(3, 256, 50), 3 * 2 * 3 * 256 * 50),
         (cross_entropy.moved(3, 256, 50, 2), 2 * 2 * (3 * 256 + 50 * 256) + 3 * 8),
     ],

@@ -72,7 +72,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
-        "multiprocessors": torch.cuda.get_device_properties().multi_processor_count if on_gpu else None,
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count if on_gpu else None,
         "driver": _driver() if on_gpu else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),

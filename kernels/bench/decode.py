@@ -39,7 +39,7 @@ def moved(rows: int, length: int, heads: int, rank: int, rotary: int, width: int
 def make(
     draw: Draw, rows: int, length: int, heads: int, rank: int, rotary: int, dtype: torch.dtype
 ) -> Inputs:
-    """Queries, latents, page table, lengths and rank. Pages lie in any order; lengths that are checked differ."""
+    """Queries, latents, page table, lengths and rank. Pages lie in any order; checks have any lengths."""
     pages = -(-length // PAGE)
     table = draw.uniform(rows * pages).argsort().view(rows, pages).int()
     lengths = torch.full((rows,), length, device=draw.device)

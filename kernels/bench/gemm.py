@@ -12,6 +12,7 @@ from kernels import gemm
 from kernels.bench import shapes
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape, Sizes
 from kernels.bench.oracle import values_of
+from kernels.gemm_tiles import Config
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
 from kernels.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
 
@@ -84,10 +85,16 @@ def added(a: Quantized, b: Quantized, out: torch.Tensor, dtype: torch.dtype) -> 
     return lambda: sums.add_(x @ w.t())
 
 
+def launch(config: Config) -> str:
+    """A launch shape in words."""
+    shared = f", {config.per_sm} on a multiprocessor" if config.per_sm > 1 else ""
+    return f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages{shared}"
+
+
 def launches(a: Quantized, b: Quantized, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
     """The GEMM in each of its launch shapes."""
     return {
-        str(config): partial(gemm.gemm_triton, a, b, dtype, config) for config in gemm.configs_for(b.block)
+        launch(config): partial(gemm.gemm_triton, a, b, dtype, config) for config in gemm.configs_for(b.block)
     }
 
 
@@ -99,7 +106,7 @@ def add(a: Quantized, b: Quantized, out: torch.Tensor, **options: Any) -> torch.
 def add_launches(a: Quantized, b: Quantized, out: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
     """The GEMM that adds in each of its launch shapes, each into a buffer of its own."""
     return {
-        str(config): partial(add, a, b, out.clone(), config=config)
+        launch(config): partial(add, a, b, out.clone(), config=config)
         for config in gemm.configs_for(b.block, add=True)
     }
 

@@ -12,6 +12,7 @@ import torch
 from kernels import grouped_gemm
 from kernels.bench import shapes
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape, Sizes
+from kernels.bench.gemm import launch
 from kernels.bench.oracle import values_of
 from kernels.gemm_tiles import TILE_CONFIGS
 from kernels.grouped_quantize import (
@@ -82,7 +83,7 @@ def launches_rows(
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """The GEMM over rows in each of its launch shapes."""
     return {
-        str(config): partial(grouped_gemm.grouped_gemm_triton, a, b, offsets, dtype, config)
+        launch(config): partial(grouped_gemm.grouped_gemm_triton, a, b, offsets, dtype, config)
         for config in grouped_gemm.CONFIGS
     }
 
@@ -92,7 +93,8 @@ def launches_sums(
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """The GEMM along tokens in each of its launch shapes, each into a buffer of its own."""
     return {
-        str(config): partial(add_sums, a, b, offsets, out.clone(), config=config) for config in TILE_CONFIGS
+        launch(config): partial(add_sums, a, b, offsets, out.clone(), config=config)
+        for config in TILE_CONFIGS
     }
 
 

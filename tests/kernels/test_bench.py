@@ -164,6 +164,10 @@ def test_memory_that_a_kernel_leaves_unwritten_is_poisoned() -> None:
         assert torch.empty(8).isnan().all()
         assert torch.empty(8, dtype=torch.float8_e4m3fn).float().isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
+    # A kernel that takes what it finds in new memory for its own, as one that forgets a row does.
+    entry = entry_of(lambda x: torch.where(torch.empty(len(x)).isnan(), torch.nan, x * 2))
+    (row,) = errors.check([entry], torch.device("cpu"), 0)
+    assert not row.holds
 
 
 def test_differing_counts_elements_whose_bits_differ() -> None:

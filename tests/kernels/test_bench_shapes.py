@@ -14,6 +14,7 @@ from kernels.bench import (
     grouped,
     grouped_quantize,
     linear,
+    mlp,
     norm,
     permute,
     quantize,
@@ -95,6 +96,9 @@ def test_tokens_are_spread_unevenly(tokens: int, experts: int) -> None:
         (linear.flops(3, 5, 256), 3 * 2 * 3 * 5 * 256),
         # x and dx [3, 256], y and dy [3, 5], two weights [5, 256] and their gradients.
         (linear.moved(3, 5, 256, 2), 2 * (2 * 3 * 256 + 2 * 3 * 5 + 2 * 2 * 5 * 256)),
+        # Gate and up [2 * 50, 7] and down [7, 50]; x, y and their gradients [3, 7]; two experts.
+        (mlp.flops(3, 7, 50, 2), 3 * (2 * 3 * 7 * 100 + 2 * 3 * 50 * 7)),
+        (mlp.moved(3, 7, 50, 2), 2 * (4 * 3 * 7 + 2 * 2 * (100 * 7 + 7 * 50))),
         (quantize.moved(3, 256, TILES, 2), 3 * 256 * 2 + 3 * 256 + 4 * 3 * 2),
         (quantize.moved(3, 256, BLOCKS, 4), 3 * 256 * 4 + 3 * 256 + 4 * 2),
         # Values once, codes twice; along rows two scales a row, along columns one a column.

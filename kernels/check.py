@@ -1,6 +1,6 @@
 """Compile every Triton kernel for Hopper (sm_90), without a GPU, and read what the compiler made of it.
 
-    python -m kernels.check [--json FILE]
+    python -m kernels.check [--json FILE] [--jobs N]
 
 Each kernel is compiled as its public function launches it. It must keep within the shared memory of one
 thread block, spill no register and round every operation as IEEE 754 says (no approximate division, no
@@ -14,10 +14,14 @@ their references, and a GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +130,11 @@ def _inspect(cubin: bytes) -> tuple[int, int, str]:
     return int(figures["REG"]), int(figures["STACK"]), sass
 
 
+def _rows_of(index: int) -> list[Row]:
+    """The figures of one case by its number: the case itself holds a kernel, which no other process takes."""
+    return compile_case(next(itertools.islice(cases(), index, None))).rows()
+
+
 def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -136,16 +145,21 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m kernels.check", description="Compile the kernels for sm_90."
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="compilers side by side (a core each)"
+    )
     options = parser.parse_args(arguments)
     rows = []
-    try:
-        for case in cases():
-            found = compile_case(case).rows()
-            print(show(found), flush=True)
-            rows += found
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 1
+    # Fresh processes: threads of this one may hold locks that a fork would copy.
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            for found in pool.map(_rows_of, range(sum(1 for _ in cases()))):
+                print(show(found), flush=True)
+                rows += found
+        except RuntimeError as error:
+            pool.shutdown(cancel_futures=True)
+            print(error, file=sys.stderr)
+            return 1
     if options.json:
         write(options.json, rows)
     failed = [row.name for row in rows if row.holds is False]

@@ -14,7 +14,10 @@ import pytest
 from kernels import check
 from kernels.cases import cases
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.timeout(900),  # minutes of compilation, on all cores
+]
 
 # After the command itself, a kernel known to spill: a check that passes it would pass anything.
 SCRIPT = """

@@ -21,6 +21,8 @@ class Precision:
     emulated with the same rounding where there is no GPU."""
 
     name: str = "fp32"
+    power_of_two: bool = False
+    """Round the scales of `fp8` up to powers of two. A model is built without; experiments set it."""
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -34,7 +36,7 @@ class Precision:
             return F.linear(x.bfloat16(), weight.bfloat16()).to(x.dtype)
         from kernels.linear import fp8_linear
 
-        return fp8_linear(x, weight).to(x.dtype)
+        return fp8_linear(x, weight, power_of_two=self.power_of_two).to(x.dtype)
 
     @property
     def activation_dtype(self) -> torch.dtype:

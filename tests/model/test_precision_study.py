@@ -294,7 +294,7 @@ def test_the_command_writes_runs_figures_and_plot(tmp_path, monkeypatch, capsys)
     assert figures["rows"]
     assert all(row["name"] in shown for row in figures["rows"])
     assert (tmp_path / "precision.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setitem(SETTINGS, "small", replace(QUICK, steps=2))
+    monkeypatch.setitem(SETTINGS, "small", replace(QUICK, steps=1))
     assert command.main(arguments) == 1
     assert "runs of another setting" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ Run = dict[str, Any]
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """Every variant against BF16, by held-out loss and by the moving average of the training loss; none while
-    there is no whole pair of runs."""
+    """Every variant against BF16, by held-out loss and by the moving average of the training loss, as soon as
+    there is a pair of runs; and what reading weights in FP8 costs, which is free of the noise of training."""
     found = []
     for variant, label in LABELS.items():
         for quantity in QUANTITIES:
@@ -53,6 +54,11 @@ def rows(runs: Sequence[Run]) -> list[Row]:
             found.append(Row(f"{name}: its standard error", "%", 100 * result.error))
             if variant != "order":
                 found.append(at_most(f"{name}: mean and twice its error", "%", 100 * result.upper, BOUND))
+    read = [run["held_out_in_fp8"] / run["held_out"] - 1 for run in runs if run["variant"] == "bf16"]
+    if read:
+        name = "BF16's weights read in FP8, held-out loss over BF16's"
+        found.append(Row(f"{name}: mean over {len(read)} seeds", "%", 100 * statistics.fmean(read)))
+        found.append(Row(f"{name}: largest of a seed", "%", 100 * max(read, key=abs)))
     for variant in (*LABELS, *FAMILY[1:]):
         # Another order has other batches at each step: its curve is not comparable.
         differences = [] if variant == "order" else _largest(runs, variant)

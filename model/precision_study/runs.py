@@ -56,7 +56,10 @@ VARIANTS = {
 
 
 def one_run(setting: Setting, variant: str, seed: int, text: bytes, device: torch.device) -> dict[str, Any]:
-    """Train once; the line that is kept of it: all training losses and the held-out loss, in nats."""
+    """Train once; the line that is kept of it: all training losses and the held-out loss, in nats.
+
+    A run in BF16 also has `held_out_in_fp8`: what its weights cost when they are only read in FP8.
+    """
     kind = VARIANTS[variant]
     split = int(len(text) * (1 - HELD_OUT))
     training = Rows(text[:split], setting.length, seed=seed + 1_000_000 * kind.order)
@@ -83,13 +86,16 @@ def one_run(setting: Setting, variant: str, seed: int, text: bytes, device: torc
     if any("skipped" in line for line in lines):
         raise HeadwaterError(f"{variant}, seed {seed}: a step was not a number; lower the learning rate")
     rows = min(setting.held_out_rows, len(held_out.order))
-    return {
+    run = {
         "variant": variant,
         "seed": seed,
         "losses": [round(line["loss"], 6) for line in lines],
         "held_out": held_out_loss(model, held_out, rows)[0],
-        "seconds": round(time.perf_counter() - began, 1),
     }
+    if kind.precision == BF16:
+        use_precision(model, Precision("fp8"))
+        run["held_out_in_fp8"] = held_out_loss(model, held_out, rows)[0]
+    return run | {"seconds": round(time.perf_counter() - began, 1)}
 
 
 def use_precision(model: Transformer, precision: Precision) -> None:

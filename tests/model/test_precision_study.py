@@ -207,6 +207,10 @@ def test_a_run_repeats_and_variants_differ():
     assert all(len(run["losses"]) == QUICK.steps for run in runs.values())
     for quantity in ("losses", "held_out"):
         assert len({str(run[quantity]) for run in runs.values()}) == len(VARIANTS)
+    read = runs["bf16"]["held_out_in_fp8"]
+    assert read != runs["bf16"]["held_out"]
+    assert read == pytest.approx(runs["bf16"]["held_out"], rel=0.01)
+    assert "held_out_in_fp8" not in runs["fp8"]
     first = runs["bf16"]["losses"][0]
     for name in ("fp8", "noise1"):  # same weights but for rounding, same batch
         assert runs[name]["losses"][0] == pytest.approx(first, rel=0.02)
@@ -257,7 +261,8 @@ def test_runs_of_another_study_are_refused(tmp_path):
 
 
 def line(variant: str, seed: int, loss: float) -> dict[str, Any]:
-    return {"variant": variant, "seed": seed, "losses": [loss] * 4, "held_out": loss}
+    run = {"variant": variant, "seed": seed, "losses": [loss] * 4, "held_out": loss}
+    return run | ({"held_out_in_fp8": 1.01 * loss} if variant == "bf16" else {})
 
 
 def test_figures_say_what_holds():
@@ -277,7 +282,8 @@ def test_figures_say_what_holds():
 
 
 def test_figures_of_a_study_that_has_just_begun():
-    assert report.rows([line("bf16", 0, 2.0)]) == []
+    assert [row.ours for row in report.rows([line("bf16", 0, 2.0)])] == pytest.approx([1.0, 1.0])
+    assert report.rows([line("noise1", 0, 2.0)]) == []
     rows = report.rows([line("bf16", 0, 2.0), line("fp8", 0, 2.1)])
     assert rows
     assert all(row.ours == row.ours for row in rows)

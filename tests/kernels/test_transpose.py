@@ -210,5 +210,6 @@ def test_errors_name_the_fault() -> None:
 
 
 @needs_interpreter
-def test_the_kernel_agrees_with_its_references() -> None:
-    run_interpreted("interpreted_transpose.py")
+@pytest.mark.parametrize("check", ["values", "cached", "experts", "tokens"])
+def test_the_kernel_agrees_with_its_references(check) -> None:
+    run_interpreted("interpreted_transpose.py", check)

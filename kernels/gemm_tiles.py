@@ -86,13 +86,19 @@ def choose(configs: Iterable[Config], m: int, n: int, out_dtype: torch.dtype, de
     """The launch shape for an m x n output: SMALL up to 64 rows, else the one with the least to load.
 
     That is, with the smallest product of the tiles that the busiest multiprocessor gets and the bytes that a
-    step of one loads; of equals, the first. A shape counts only if the device has shared memory for it.
+    step of one loads; of equals, the first.
     """
     if m <= SMALL.block_m:
         return SMALL
-    count, shared = multiprocessors(device)
-    fitting = [config for config in configs if config.stages(out_dtype.itemsize, shared) >= FEWEST_STAGES]
-    return min(fitting, key=lambda config: -(-config.tiles(m, n) // count) * config.step_bytes)
+    count, _ = multiprocessors(device)
+    candidates = fitting(configs, out_dtype, device)
+    return min(candidates, key=lambda config: -(-config.tiles(m, n) // count) * config.step_bytes)
+
+
+def fitting(configs: Iterable[Config], out_dtype: torch.dtype, device: torch.device) -> list[Config]:
+    """Those launch shapes of which FEWEST_STAGES steps fit into the shared memory of `device`."""
+    _, shared = multiprocessors(device)
+    return [config for config in configs if config.stages(out_dtype.itemsize, shared) >= FEWEST_STAGES]
 
 
 def programs(config: Config, tiles: int, device: torch.device) -> int:

@@ -273,14 +273,14 @@ def grouped_gemm_kernel(
             narrow_out.store([row, narrow], narrow_total.to(out.dtype.element_ty))
 
     # The program whose turn it is goes on, with wide pieces alone.
-    turn = (tl.program_id(0) + tl.num_programs(0) - tiles_m * tiles_n % tl.num_programs(0)) % tl.num_programs(
-        0
-    )
+    count = tl.num_programs(0)
+    turn = (tl.program_id(0) + count - tiles_m * tiles_n % count) % count
     left_over = expert_tokens(offsets, NUM_EXPERTS, EXPERTS) % BLOCK_M > 0
     last_ends = tl.cumsum(left_over.to(tl.int32), 0)
     tiles_m = tl.max(last_ends, 0)
     tiles_n = tl.cdiv(N, WIDE)
-    for tile in tl.range(turn, tiles_m * tiles_n, tl.num_programs(0), disable_licm=True):
+    # Addresses hoisted out of this loop would be spilled.
+    for tile in tl.range(turn, tiles_m * tiles_n, count, disable_licm=True):
         tile_m, tile_n = output_tile(tile, tiles_m, tiles_n, BAND)
         expert = tl.sum((last_ends <= tile_m).to(tl.int32), 0)
         begin = tl.load(offsets + expert).to(tl.int32)
@@ -294,7 +294,7 @@ def grouped_gemm_kernel(
         tl.store(at, total.to(out.dtype.element_ty), mask=inside)
 
     used = tl.load(offsets + NUM_EXPERTS).to(tl.int32)
-    for tile in range(tl.program_id(0), tl.cdiv(TOKENS - used, BLOCK_M) * tiles_n, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tl.cdiv(TOKENS - used, BLOCK_M) * tiles_n, count):
         row = used + tile // tiles_n * BLOCK_M
         at, inside = stored_tile(out, row, tile % tiles_n * WIDE, TOKENS, N, OUT_STRIDE, BLOCK_M, WIDE)
         tl.store(at, tl.zeros((BLOCK_M, WIDE), dtype=out.dtype.element_ty), mask=inside)

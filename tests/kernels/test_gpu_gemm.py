@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.gemm import configs_for, gemm, gemm_add, gemm_add_triton, gemm_triton
-from kernels.gemm_tiles import FEWEST_STAGES, TILE_CONFIGS, Config, multiprocessors
+from kernels.gemm_tiles import TILE_CONFIGS, Config, fitting
 from kernels.grouped_gemm import (
     CONFIGS,
     grouped_gemm,
@@ -48,10 +48,9 @@ def product64(a: Quantized, b: Quantized) -> torch.Tensor:
     return dequantize(a).double() @ dequantize(b).double().t()
 
 
-def fitting(configs: tuple[Config, ...], out_bytes: int) -> list[Config]:
-    """Those that this GPU has shared memory for."""
-    shared = multiprocessors(torch.device("cuda"))[1]
-    return [config for config in configs if config.stages(out_bytes, shared) >= FEWEST_STAGES]
+def shapes_of(configs: tuple[Config, ...]) -> list[Config]:
+    """The launch shapes that this GPU has shared memory for."""
+    return fitting(configs, torch.float32, torch.device("cuda"))
 
 
 def poison() -> None:
@@ -77,7 +76,7 @@ def test_every_launch_shape_at_ragged_sizes(block, m, n, k) -> None:
     b = (quantize_tiles if block == TILES else quantize_blocks)(on_gpu((n, k), 2))
     exact = product64(a, b)
     results = []
-    for config in fitting(configs_for(block), 4):
+    for config in shapes_of(configs_for(block)):
         poison()
         results.append(gemm_triton(a, b, config=config))
         assert relative_error(results[-1], exact) < MAX_ERROR_FP32, config
@@ -93,7 +92,7 @@ def test_sums_are_added_once(block, m, n, k) -> None:
     b = (quantize_tiles if block == TILES else quantize_blocks)(on_gpu((n, k), 2))
     before = torch.randn(m, n, device="cuda")
     expected = before + gemm(a, b)
-    for config in (None, *fitting(configs_for(block, add=True), 4)):
+    for config in (None, *shapes_of(configs_for(block, add=True))):
         found = before.clone()
         if config is None:
             gemm_add(a, b, found)
@@ -126,7 +125,7 @@ def test_grouped_rows_equal_one_gemm_for_each_expert(n, k, sizes) -> None:
     rest = 150
     a, b, offsets = experts_on_gpu(sizes, rest, n, k)
     bounds = offsets.tolist()
-    for config, dtype in itertools.product((None, *fitting(CONFIGS, 4)), (torch.float32, torch.bfloat16)):
+    for config, dtype in itertools.product((None, *shapes_of(CONFIGS)), (torch.float32, torch.bfloat16)):
         poison()
         if config is None:
             found = grouped_gemm(a, b, offsets, dtype)
@@ -158,7 +157,7 @@ def test_grouped_sums_equal_one_gemm_for_each_expert(n, k, sizes) -> None:
     b = quantize_tokens(on_gpu((sum(sizes) + 9, k), 6), offsets)
     before = torch.randn(len(sizes), n, k, device="cuda")
     starts = group_starts(offsets).tolist()
-    for config in (None, *fitting(TILE_CONFIGS, 4)):
+    for config in (None, *shapes_of(TILE_CONFIGS)):
         found = before.clone()
         if config is None:
             grouped_gemm_k(a, b, offsets, found)

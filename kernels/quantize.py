@@ -24,6 +24,7 @@ Rules at the edges:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -224,9 +225,19 @@ def _decode(codes: torch.Tensor) -> torch.Tensor:
     """The FP32 values of E4M3 codes, exact."""
     if codes.device.type != "cpu":
         return codes.float()
-    # On a CPU a table of the 256 values is five times as fast as the cast.
-    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return table.index_select(0, codes.view(torch.uint8).view(-1).int()).view(codes.shape)
+    # On a CPU a table is five times as fast as the cast, and two codes at a time nearly twice that.
+    flat = codes.view(-1)
+    if flat.numel() % 2:
+        return _table(torch.uint8).index_select(0, flat.view(torch.uint8).int()).view(codes.shape)
+    pairs = _table(torch.uint16).view(torch.float64).index_select(0, flat.view(torch.uint16).int())
+    return pairs.view(torch.float32).view(codes.shape)
+
+
+@functools.cache
+def _table(kind: torch.dtype) -> torch.Tensor:
+    """The FP32 values of all codes, or of all pairs of codes, in the order of their bits as integers."""
+    codes = torch.arange(256**kind.itemsize, dtype=torch.int32).to(kind)
+    return codes.view(torch.float8_e4m3fn).float()
 
 
 def _scales(amax: torch.Tensor, power_of_two: bool) -> torch.Tensor:

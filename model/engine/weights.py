@@ -30,13 +30,15 @@ SAMPLED = 64
 
 class Matrix:
     """x [S, in] -> x @ W [S, out] under a precision policy. Several weights [out, in] with one input are
-    joined along their outputs."""
+    joined along their outputs. `power_of_two` gives x such scales under `fp8`, as training does there."""
 
-    def __init__(self, precision: Precision, *weights: Tensor) -> None:
-        self.fp8 = precision.name == "fp8"
+    def __init__(self, precision: Precision, *weights: Tensor, power_of_two: bool = False) -> None:
+        self.fp8 = precision.fp8
+        self.power_of_two = power_of_two or precision.power_of_two
         if self.fp8:
             # Joined they would share blocks across the seam, and round otherwise than in training.
-            self.blocks = [quantize_blocks(w.detach()) for w in weights]
+            scales = precision.power_of_two
+            self.blocks = [quantize_blocks(w.detach(), power_of_two=scales) for w in weights]
         else:
             joined = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
             self.weight = laid_out(joined.t(), precision.activation_dtype)
@@ -44,7 +46,7 @@ class Matrix:
     def __call__(self, x: Tensor) -> Tensor:
         if not self.fp8:
             return x @ self.weight
-        codes = quantize_tiles(x)
+        codes = quantize_tiles(x, power_of_two=self.power_of_two)
         products = [gemm(codes, blocks, x.dtype) for blocks in self.blocks]
         return products[0] if len(products) == 1 else torch.cat(products, -1)
 
@@ -91,14 +93,14 @@ class AttentionWeights:
         kv_b = kv_b.view(c.num_attention_heads, -1, c.kv_lora_rank)
         self.up_key_HNC, up_value_HVC = kv_b.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
         self.up_value_HCV = laid_out(up_value_HVC.transpose(1, 2), kv_b.dtype)
-        self.out = Matrix(precision, attention.o_proj)
+        self.out = Matrix(precision, attention.o_proj, power_of_two=True)
 
 
 class FeedForwardWeights:
     """A dense network or shared experts: gate and up [D, 2F], down [F, D]."""
 
-    def __init__(self, network: SwiGLU, precision: Precision) -> None:
-        self.gate_up = Matrix(precision, network.gate_up_proj)
+    def __init__(self, network: SwiGLU, precision: Precision, shared: bool = False) -> None:
+        self.gate_up = Matrix(precision, network.gate_up_proj, power_of_two=shared)
         self.down = Matrix(precision, network.down_proj)
 
 
@@ -113,15 +115,17 @@ class ExpertWeights:
         experts = moe.experts
         if precision.name == "fp8":
             self.grouped = False
-            self.gate_up = [Matrix(precision, w) for w in experts.gate_up_proj.detach()]
-            self.down = [Matrix(precision, w) for w in experts.down_proj.detach()]
+            self.gate_up, self.down = (
+                [Matrix(precision, w, power_of_two=True) for w in weights.detach()]
+                for weights in (experts.gate_up_proj, experts.down_proj)
+            )
         else:
             self.grouped = True
             self.gate_up_EDF = laid_out(experts.gate_up_proj.transpose(1, 2), precision.activation_dtype)
             self.down_EFD = laid_out(experts.down_proj.transpose(1, 2), precision.activation_dtype)
             self._each = list(zip(self.gate_up_EDF.unbind(), self.down_EFD.unbind(), strict=True))
         shared = moe.shared_experts
-        self.shared = FeedForwardWeights(shared, precision) if shared is not None else None
+        self.shared = FeedForwardWeights(shared, precision, shared=True) if shared is not None else None
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         """One expert on rows [S, D]."""

@@ -12,6 +12,7 @@ from kernels.metrics import relative_error
 from kernels.mlp import fp8_experts, fp8_mlp
 from kernels.permute import permute, unpermute
 from kernels.quantize import dequantize, quantize_tiles
+from kernels.weight import FP8Weights
 
 SIZES = [0, 1, 70, 0, 129, 3]
 
@@ -127,6 +128,17 @@ def test_codes_that_were_sent_are_those_made_here() -> None:
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="the plan is for 40 tokens"):
         permute_fp8(sent, plan)
+
+
+def test_scales_of_weights_and_activations_are_chosen_apart() -> None:
+    x, gate_up, down, weights, _, offsets = make(SIZES, 200, 70)
+    read = (x, gate_up, down, offsets, weights)
+    mixed = fp8_experts(*read, power_of_two=True, weight_power_of_two=False)
+    for power_of_two in (False, True):
+        with FP8Weights(power_of_two=power_of_two) as scope:
+            copied = fp8_experts(*read, power_of_two=True, copies=(scope.of(gate_up), scope.of(down)))
+        assert torch.equal(copied, mixed) == (not power_of_two)
+        assert torch.equal(copied, fp8_experts(*read, power_of_two=True)) == power_of_two
 
 
 def test_no_rows_and_rows_of_no_expert() -> None:

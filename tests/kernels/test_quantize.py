@@ -168,3 +168,13 @@ def test_errors_name_the_fault() -> None:
         Quantized(codes, torch.ones(2, 2), (1, 64))
     with pytest.raises(ValueError, match="contiguous"):
         Quantized(codes.t(), torch.ones(200, 1), TILES)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+@pytest.mark.parametrize("cols", [3, 4])
+def test_codes_are_decoded_wherever_they_lie(start, cols) -> None:
+    """As the cast does it: every code, an odd or even number of them, from an odd or even address."""
+    every = torch.arange(256, dtype=torch.uint8).repeat(2).view(torch.float8_e4m3fn)
+    codes = every[start : start + 64 * cols].view(64, cols)
+    found = dequantize(Quantized(codes, torch.ones(64, 1), TILES))
+    torch.testing.assert_close(found, codes.float(), rtol=0, atol=0, equal_nan=True)

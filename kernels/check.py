@@ -79,8 +79,7 @@ def compile_case(case: Case) -> Compiled:
     Raises:
         RuntimeError: the process imported the kernels under TRITON_INTERPRET, or without Triton.
     """
-    if triton is None:
-        raise RuntimeError("kernels.check: Triton is not installed; install triton>=3.6")
+    _require_triton()
     if not isinstance(case.kernel, triton.runtime.JITFunction):
         raise RuntimeError("kernels.check: TRITON_INTERPRET is set, which replaces the compiler; unset it")
     names = case.kernel.arg_names
@@ -130,6 +129,11 @@ def _inspect(cubin: bytes) -> tuple[int, int, str]:
     return int(figures["REG"]), int(figures["STACK"]), sass
 
 
+def _require_triton() -> None:
+    if triton is None:
+        raise RuntimeError("kernels.check: Triton is not installed; install triton>=3.6")
+
+
 def _rows_of(index: int) -> list[Row]:
     """The figures of one case by its number: the case itself holds a kernel, which no other process takes."""
     return compile_case(next(itertools.islice(cases(), index, None))).rows()
@@ -150,16 +154,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     rows = []
-    # Fresh processes: threads of this one may hold locks that a fork would copy.
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
+    try:
+        _require_triton()
+        # Fresh processes: threads of this one may hold locks that a fork would copy.
+        with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             for found in pool.map(_rows_of, range(sum(1 for _ in cases()))):
                 print(show(found), flush=True)
                 rows += found
-        except RuntimeError as error:
-            pool.shutdown(cancel_futures=True)
-            print(error, file=sys.stderr)
-            return 1
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
     if options.json:
         write(options.json, rows)
     failed = [row.name for row in rows if row.holds is False]

@@ -30,14 +30,13 @@ NOISE = 2.0**-9
 HELD_OUT = 0.05
 
 
-BF16 = Precision("bf16")
-
-
 @dataclass(frozen=True)
 class Variant:
     """What a run changes against `bf16` of its seed."""
 
-    precision: Precision = BF16
+    precision: str = "bf16"
+    power_of_two: bool = False
+    """Whether all scales of FP8 are powers of two."""
     noise: int = 0
     """Which draw of noise its initial weights get; 0: none."""
     order: int = 0
@@ -46,9 +45,9 @@ class Variant:
 
 VARIANTS = {
     "bf16": Variant(),
-    "fp8": Variant(Precision("fp8")),
+    "fp8": Variant("fp8"),
     "noise1": Variant(noise=1),
-    "fp8_power_of_two": Variant(Precision("fp8", power_of_two=True)),
+    "fp8_power_of_two": Variant("fp8", power_of_two=True),
     "noise2": Variant(noise=2),
     "order": Variant(order=1),
 }
@@ -64,8 +63,8 @@ def one_run(setting: Setting, variant: str, seed: int, text: bytes, device: torc
     split = int(len(text) * (1 - HELD_OUT))
     training = Rows(text[:split], setting.length, seed=seed + 1_000_000 * kind.order)
     held_out = Rows(text[split:], setting.length)
-    model = build(setting.config, seed, kind.precision.name)
-    use_precision(model, kind.precision)
+    model = build(setting.config, seed, kind.precision)
+    use_precision(model, Precision(kind.precision, kind.power_of_two))
     if kind.noise:
         perturb(model, seed=1000 * seed + kind.noise)
     model.to(device)
@@ -92,7 +91,7 @@ def one_run(setting: Setting, variant: str, seed: int, text: bytes, device: torc
         "losses": [round(line["loss"], 6) for line in lines],
         "held_out": held_out_loss(model, held_out, rows)[0],
     }
-    if kind.precision == BF16:
+    if kind.precision == "bf16":
         use_precision(model, Precision("fp8"))
         run["held_out_in_fp8"] = held_out_loss(model, held_out, rows)[0]
     return run | {"seconds": round(time.perf_counter() - began, 1)}

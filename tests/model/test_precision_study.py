@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels.linear
+import kernels.quantize
 from infra.errors import HeadwaterError
 from model.precision import Precision
 from model.precision_study import __main__ as command
@@ -180,22 +180,26 @@ def test_noise_is_as_large_as_a_rounding():
 
 
 def test_powers_of_two_reach_every_layer(monkeypatch):
-    asked = []
-    original = kernels.linear.fp8_linear
+    scales = []
+    original = kernels.quantize._scales
 
-    def spy(x, weight, *, power_of_two=False):
-        asked.append(power_of_two)
-        return original(x, weight, power_of_two=power_of_two)
+    def spy(amax, power_of_two):
+        found = original(amax, power_of_two)
+        scales.append(found)
+        return found
 
-    monkeypatch.setattr(kernels.linear, "fp8_linear", spy)
+    monkeypatch.setattr(kernels.quantize, "_scales", spy)
     model = tiny(precision="fp8")
-    plain = model(tokens(1, 8)).states_BTD[0]
-    assert not any(asked)
-    asked.clear()
+
+    def all_powers_of_two():
+        scales.clear()
+        model(tokens(1, 8)).states_BTD[0].float().sum().backward()
+        assert scales
+        return all((found.frexp().mantissa == 0.5).all() for found in scales)
+
+    assert not all_powers_of_two()
     use_precision(model, Precision("fp8", power_of_two=True))
-    assert not torch.equal(model(tokens(1, 8)).states_BTD[0], plain)
-    assert asked
-    assert all(asked)
+    assert all_powers_of_two()
 
 
 def test_a_run_repeats_and_variants_differ():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from kernels import norm
 from kernels.cases.case import Case
 
@@ -12,11 +14,12 @@ def cases() -> Iterator[Case]:
     strides = {"stride_row": "i32", "stride_col": "1"}
     both_strides = {"dy_stride_row": "i32", "dy_stride_col": "1", **strides}
     even = ("cols", "stride_row")
-    for dtype, aligned, power_of_two, steps in (
-        ("bf16", even, False, 7),
-        ("bf16", (), False, 2),
-        ("fp32", even, True, 7),
-        ("bf16", even, True, 16),
+    bf16, fp32 = norm.QUANTIZE_OPTIONS[torch.bfloat16], norm.QUANTIZE_OPTIONS[torch.float32]
+    for dtype, aligned, power_of_two, steps, options in (
+        ("bf16", even, False, 7, bf16),
+        ("bf16", (), False, 2, bf16),
+        ("fp32", even, True, 7, fp32),
+        ("bf16", even, True, 16, bf16),
     ):
         pointers = {"x": f"*{dtype}", "weight": f"*{dtype}"}
         outputs = {"codes": "*fp8e4nv", "scales": "*fp32", "inverse": "*fp32"}
@@ -27,7 +30,7 @@ def cases() -> Iterator[Case]:
             types={**pointers, **outputs, "cols": "i32", "eps": "fp32", **strides},
             constants={"POWER_OF_TWO": power_of_two, "STEPS": steps},
             aligned=(*pointers, *outputs, *aligned),
-            options=norm.OPTIONS,
+            options=options,
         )
         if steps > 7:  # the kernels below are the same for every width
             continue

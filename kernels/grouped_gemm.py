@@ -280,7 +280,7 @@ def grouped_gemm_kernel(
         tile_m, tile_n = output_tile(tile, tiles_m, tiles_n, BAND)
         expert = tl.sum((last_ends <= tile_m).to(tl.int32), 0)
         begin = tl.load(offsets + expert).to(tl.int32)
-        # Offsets are not checked on a GPU: wrong ones must not lead outside of the operands.
+        # Offsets are not checked on a GPU: those past the last token must not lead outside of the operands.
         end = min(tl.load(offsets + expert + 1).to(tl.int32), TOKENS)
         row = end - (end - begin) % BLOCK_M
         col = tile_n * WIDE

@@ -11,7 +11,10 @@ pass makes the probabilities again (`kernels.mla_attention_backward`).
 Documents are given by `starts`, on the device: the position at which each position's document begins. Tiles
 wholly before a query tile's documents are not read, and tiles wholly inside need no mask. On a GPU the
 products of BF16 run on the tensor cores, with probabilities rounded to BF16, and those of FP32 in FP32 (no
-TF32). Exponentials are the hardware's. A NaN or an infinity among a row's scores makes the row NaN.
+TF32). Exponentials are the hardware's.
+
+A NaN or a positive infinity among a row's scores makes the row NaN. A negative infinity is a weight of 0, as
+in any softmax: the infinite key that it comes from then surfaces in the gradient of the query.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from kernels.backend import jit, tl
 from kernels.mla_tiles import (
     LOG2E,
     Config,
+    check_widths,
     load_rows,
     position_of,
     runs_triton,
@@ -43,6 +47,7 @@ CONFIGS = {
     torch.bfloat16: Config(block_m=128, block_n=64, num_warps=8, num_stages=3),
     torch.float32: Config(block_m=32, block_n=16, num_warps=8, num_stages=1),
 }
+WIDEST = (128, 64, 128)  # N, R and V for which the tiles fit into shared memory, those of dq above all
 
 
 def mla_attention(
@@ -62,7 +67,8 @@ def mla_attention(
     All are FP32 or BF16, of one type and on one device, and so are the output and the gradients; that of the
     rotary key is summed over heads in FP32. Results do not depend on the order of threads.
 
-    On a GPU the values of `starts` are not checked, since that would wait for the device.
+    On a GPU N, R and V are at most 128, 64 and 128, and the values of `starts` are not checked, since that
+    would wait for the device.
 
     Raises:
         ValueError, TypeError: shapes, types, devices, `scale` or, on a CPU, `starts` do not fit.
@@ -132,6 +138,7 @@ def attention_triton(
     """The Triton kernel of `attention_reference`, over contiguous tensors."""
     batch, length, heads, _ = q.shape
     sizes = widths(q, key_value, key_rotary)
+    check_widths("mla_attention", sizes, WIDEST)
     out = q.new_empty(batch, length, heads, sizes[2])
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
     if out.numel() > 0:

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from kernels.backend import jit, tl
-from kernels.mla_tiles import load_rows, padded_width, runs_triton, store_rows
+from kernels.mla_tiles import check_widths, load_rows, padded_width, runs_triton, store_rows
 
 # Positions of a split: longer ones would leave multiprocessors idle in small batches, and shorter ones write
 # more parts: one is 2 KiB a head, against 1,152 bytes of cache a position.
 SPLIT = 1024
+WIDEST = (512, 64)  # rank and R for which the tiles fit into shared memory
 COMBINE_OPTIONS = {"num_warps": 4}
 
 
@@ -69,7 +70,8 @@ def mla_decode(
     cache or the table is read, so slots that are not used may hold anything. Several new positions of one
     request are rows of their own. Query and latents are both FP32 or both BF16; the output is of their type.
 
-    On a GPU the values of lengths and page_table are not checked, since that would wait for the device.
+    On a GPU rank and R are at most 512 and 64, and the values of lengths and page_table are not checked,
+    since that would wait for the device.
 
     Raises:
         ValueError, TypeError: shapes, types, devices, numbers or, on a CPU, lengths or pages do not fit.
@@ -115,6 +117,7 @@ def decode_triton(
 ) -> torch.Tensor:
     """The Triton kernels: what `mla_decode` runs on a GPU."""
     rows, heads, width = query.shape
+    check_widths("mla_decode", (rank, width - rank), WIDEST)
     out = query.new_empty(rows, heads, rank)
     if out.numel() == 0:
         return out

@@ -10,7 +10,9 @@ import torch
 
 from kernels import backend
 from kernels.backend import jit, tl
+from kernels.gemm_tiles import multiprocessors
 
+SHARED = 227 * 1024  # bytes of shared memory that a program may use on Hopper, which tiles are made for
 LOG2E = 1.4426950408889634
 CHUNK = 128  # queries whose scores the references hold at one time
 
@@ -33,11 +35,12 @@ class Config:
 def supported(device: torch.device) -> bool:
     """Whether the attention kernels run on a device: an NVIDIA GPU from Hopper on, with Triton.
 
-    Their tiles fill the shared memory of a Hopper multiprocessor; older GPUs have less.
+    Their tiles fill the shared memory of a Hopper multiprocessor; older GPUs have less, and so have newer
+    ones that are made for workstations.
     """
     if device.type != "cuda" or torch.version.hip is not None or backend.triton is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.cuda.get_device_capability(device) >= (9, 0) and multiprocessors(device)[1] >= SHARED
 
 
 def runs_triton(name: str, tensor: torch.Tensor) -> bool:
@@ -49,8 +52,8 @@ def runs_triton(name: str, tensor: torch.Tensor) -> bool:
     if tensor.is_cuda and not supported(tensor.device):
         raise RuntimeError(
             f"{name}: the tensor is on {torch.cuda.get_device_name(tensor.device)}, and the kernels need "
-            "Triton and an NVIDIA GPU of compute capability (9, 0) or later; use "
-            "torch.nn.functional.scaled_dot_product_attention there, or move the tensors to the CPU"
+            "Triton and an NVIDIA GPU of compute capability (9, 0) or later with 227 KiB of shared memory; "
+            "use torch.nn.functional.scaled_dot_product_attention there, or move the tensors to the CPU"
         )
     return tensor.is_cuda
 
@@ -60,6 +63,15 @@ def widths(q: torch.Tensor, key_value: torch.Tensor, key_rotary: torch.Tensor) -
     rotary = key_rotary.shape[-1]
     content = q.shape[-1] - rotary
     return content, rotary, key_value.shape[-1] - content
+
+
+def check_widths(name: str, found: tuple[int, ...], most: tuple[int, ...]) -> None:
+    """Raise ValueError where a width is more than `most`: tiles would not fit into shared memory."""
+    if any(width > limit for width, limit in zip(found, most, strict=True)):
+        raise ValueError(
+            f"{name}: the widths are {found}, and the tiles of the kernels hold at most {most}; use "
+            "torch.nn.functional.scaled_dot_product_attention there, or move the tensors to the CPU"
+        )
 
 
 def padded_width(width: int) -> int:

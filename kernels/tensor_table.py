@@ -22,6 +22,9 @@ from kernels.backend import jit, tl
 class TensorTable:
     """The addresses of columns of tensors, kept between calls and made anew when one of them has moved.
 
+    It is also made anew on another CUDA stream than before: the copy that fills it is ordered, and its memory
+    handed out again, by the stream that it was made on.
+
     Row i describes the i-th tensor of every column; those have the same number of elements.
 
     Attributes, after `update`:
@@ -33,7 +36,7 @@ class TensorTable:
     owners: torch.Tensor
 
     def __init__(self) -> None:
-        self._layout: tuple[torch.device, int, list[int]] | None = None
+        self._layout: tuple[torch.device, int | None, int, list[int]] | None = None
         self._addresses: list[list[int]] = []
         self._firsts: list[int] = []
 
@@ -41,11 +44,12 @@ class TensorTable:
         """Describe `columns`, of at least one tensor each, in chunks of `chunk` elements.
 
         Where nothing has moved this compares numbers on the host. Otherwise the rows go to the device by a
-        copy that the host does not wait for; `owners` are made anew only for other sizes.
+        copy that the host does not wait for; `owners` are made anew only for other sizes, or on another
+        stream.
         """
         device, sizes = columns[0][0].device, [tensor.numel() for tensor in columns[0]]
         addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
-        layout = (device, chunk, sizes)
+        layout = (device, _stream(device), chunk, sizes)
         if layout == self._layout and addresses == self._addresses:
             return
         counts = [-(-size // chunk) for size in sizes]
@@ -63,6 +67,11 @@ class TensorTable:
     def chunks(self) -> int:
         """The number of chunks: programs of a launch."""
         return self.owners.numel()
+
+
+def _stream(device: torch.device) -> int | None:
+    """The number of the current CUDA stream, None on other devices."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
 
 def _on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -16,6 +16,7 @@ from kernels.gemm_tiles import TILE_CONFIGS
 from kernels.grouped_quantize import QuantizedExperts, token_groups
 from kernels.metrics import relative_error
 from kernels.quantize import BLOCKS, TILES, Quantized, quantize_reference
+from tests.kernels.guard import guarded
 
 # M, N, K. 1100 rows are more than one band of output tiles; 385 columns are tiles of both kinds, the wide
 # piece first and the narrow one first, and one that is cut off.
@@ -133,6 +134,18 @@ def check_grouped_gemm_is_gemm(generator: torch.Generator) -> None:
             assert torch.equal(found[begin:end], gemm.gemm_triton(rows, b.expert(expert))), (config, expert)
 
 
+def check_offsets_past_the_end(generator: torch.Generator) -> None:
+    """Nothing checks offsets on a GPU: an expert that reaches past the last token has what there is."""
+    for sizes, tokens in (([100, 130], 150), ([130, 3], 70)):
+        offsets = torch.tensor([0, *itertools.accumulate(sizes)])
+        a, b = random_operand((tokens, 128), generator), random_experts(len(sizes), 130, 128, generator)
+        expected = grouped_gemm.grouped_gemm_reference(a, b, offsets.clamp(max=tokens)).double()
+        for config in grouped_gemm.CONFIGS:
+            with guarded(), mock.patch.object(grouped_gemm, "check_offsets"):
+                found = grouped_gemm.grouped_gemm_triton(a, b, offsets, config=config)
+            assert relative_error(found, expected) < 1e-6, (sizes, tokens, config)
+
+
 def check_grouped_gemm_k(generator: torch.Generator) -> None:
     for sizes, (n, k), dtype in zip(
         group_sizes(),
@@ -169,6 +182,7 @@ def main() -> None:
     else:
         check_grouped_gemm(generator)
         check_grouped_gemm_is_gemm(generator)
+        check_offsets_past_the_end(generator)
         check_grouped_gemm_k(generator)
     print("interpreted kernels agree")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import adamw
+from kernels import adamw, tensor_table
 from kernels.adamw import adamw_step
 from kernels.tensor_table import TensorTable
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
@@ -275,6 +275,24 @@ def test_the_table_follows_tensors_that_move() -> None:
     assert table.rows[1, 1] == 600
     table.update(512, [[a[0]], [b[0]]])
     assert table.rows.shape == (1, 4)
+
+
+def test_the_table_of_one_stream_is_not_read_on_another() -> None:
+    """Nothing orders the copy that filled it before a kernel there, nor that kernel before its reuse."""
+    columns = [[torch.zeros(5), torch.zeros(2000)]]
+    table = TensorTable()
+    table.update(1024, columns)
+    rows, owners = table.rows, table.owners
+    with mock.patch.object(tensor_table, "_stream", return_value=7):
+        table.update(1024, columns)
+        other = table.rows, table.owners
+        assert other[0] is not rows
+        assert other[1] is not owners
+        table.update(1024, columns)
+        assert table.rows is other[0]
+        assert table.owners is other[1]
+    assert torch.equal(rows, table.rows)
+    assert torch.equal(owners, table.owners)
 
 
 @needs_interpreter

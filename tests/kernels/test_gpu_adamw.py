@@ -126,6 +126,26 @@ def test_steps_and_norms_never_wait_for_the_device() -> None:
     assert masters[0].isfinite().all()
 
 
+def test_a_table_follows_to_another_stream() -> None:
+    master, grad = torch.ones(2000, device="cuda"), torch.ones(2000, device="cuda")
+    mean, square = (torch.zeros(2000, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    table, side = TensorTable(), torch.cuda.Stream()
+    rows = []
+    for step, stream in enumerate((torch.cuda.current_stream(), side, side), start=1):
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            adamw_step([master], [grad], [mean], [square], **HYPER, step=step, table=table)
+        rows.append(table.rows)
+    torch.cuda.synchronize()
+    assert rows[1] is not rows[0]
+    assert rows[2] is rows[1]
+    alone = [torch.ones(1), torch.ones(1), torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16()]
+    for step in range(1, 4):
+        adamw_step(*([t] for t in alone), **HYPER, step=step)
+    for tensor, value in zip((master, grad, mean, square), alone, strict=True):
+        assert bool((tensor == value.cuda()).all())
+
+
 def test_a_backward_pass_with_old_weights_is_refused() -> None:
     master = torch.nn.Parameter(torch.ones(2000, device="cuda"))
     moments = [torch.zeros(2000, dtype=torch.bfloat16, device="cuda") for _ in range(2)]

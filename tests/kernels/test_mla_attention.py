@@ -5,7 +5,7 @@ import torch
 
 from kernels import mla_tiles
 from kernels.metrics import relative_error
-from kernels.mla_attention import attention_reference, mla_attention
+from kernels.mla_attention import attention_reference, attention_triton, mla_attention
 from kernels.mla_tiles import document_ends, document_starts
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
@@ -127,6 +127,16 @@ def test_nan_and_infinity_surface(bad, part) -> None:
     assert all(grad.isnan().any() for grad in torch.autograd.grad(out.sum(), parts))
 
 
+@pytest.mark.parametrize("part", [1, 2])
+def test_scores_of_minus_infinity_surface_in_the_gradient_of_the_query(part) -> None:
+    parts = [torch.ones_like(leaf).requires_grad_() for leaf in problem(1, 9, 1)]
+    with torch.no_grad():
+        parts[part].view(9, -1)[4, 0] = -torch.inf
+    out = mla_attention(*parts, SCALE)
+    assert out.isfinite().all()  # a weight of 0
+    assert torch.autograd.grad(out.sum(), parts[0])[0][0, 4:].isnan().any(dim=-1).all()
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 2), (2, 3, 0)])
 def test_nothing_to_attend_to(shape) -> None:
     parts = problem(*shape)
@@ -177,19 +187,30 @@ def test_bad_input_is_named() -> None:
             mla_attention(q, key_value, key_rotary, SCALE, wrong)
 
 
+@pytest.mark.parametrize("widths", [(129, 64, 128), (128, 65, 128), (128, 64, 129)])
+def test_widths_that_no_tile_holds_are_named(widths) -> None:
+    parts = [part.detach() for part in problem(1, 2, 1, widths)]
+    with pytest.raises(ValueError, match=r"mla_attention: the widths are .* at most \(128, 64, 128\)"):
+        attention_triton(*parts, SCALE)
+
+
 def test_a_gpu_that_the_kernels_do_not_support_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Tensor:
         is_cuda = True
         device = torch.device("cuda", 0)
 
-    capability = (8, 9)
+    capability, shared = (8, 9), 227 * 1024
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    with pytest.raises(RuntimeError, match="mla_attention: the tensor is on an old card"):
-        mla_tiles.runs_triton("mla_attention", Tensor())
-    capability = (9, 0)
     monkeypatch.setattr(mla_tiles.backend, "triton", object())
+    monkeypatch.setattr(mla_tiles, "multiprocessors", lambda device: (132, shared))
+    with pytest.raises(RuntimeError, match=r"mla_attention: the tensor is on a card, .*\(9, 0\).*227 KiB"):
+        mla_tiles.runs_triton("mla_attention", Tensor())
+    capability, shared = (12, 0), 99 * 1024
+    with pytest.raises(RuntimeError, match="mla_attention: the tensor is on a card"):
+        mla_tiles.runs_triton("mla_attention", Tensor())
+    capability, shared = (9, 0), 227 * 1024
     assert mla_tiles.runs_triton("mla_attention", Tensor())
     assert not mla_tiles.supported(torch.device("cpu"))
 

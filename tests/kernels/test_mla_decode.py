@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.metrics import relative_error
-from kernels.mla_decode import mla_decode
+from kernels.mla_decode import decode_triton, mla_decode
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 from tests.kernels.paged import paged_cache
 
@@ -133,6 +133,13 @@ def test_bad_input_is_named() -> None:
         wrong[4, 2] = page
         with pytest.raises(ValueError, match="outside the cache"):
             mla_decode(query, latents, wrong, lengths, SCALE, rank=48)
+
+
+@pytest.mark.parametrize(("rank", "rotary"), [(513, 64), (512, 65)])
+def test_widths_that_no_tile_holds_are_named(rank, rotary) -> None:
+    query, latents, table, lengths = problem(lengths=[3], rank=rank, rotary=rotary)
+    with pytest.raises(ValueError, match=r"mla_decode: the widths are .* at most \(512, 64\)"):
+        decode_triton(query, latents, table, lengths, SCALE, rank)
 
 
 @needs_interpreter

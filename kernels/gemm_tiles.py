@@ -135,7 +135,9 @@ def scales_by_group(scales: torch.Tensor) -> torch.Tensor:
 
     A step reads the scales of neighbouring columns, which then lie side by side.
     """
-    return torch.nn.functional.pad(scales.t(), (0, -scales.shape[0] % TILE)).contiguous()
+    missing = -scales.shape[0] % TILE
+    turned = torch.nn.functional.pad(scales.t(), (0, missing)) if missing else scales.t()
+    return turned.contiguous()
 
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

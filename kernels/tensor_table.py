@@ -46,12 +46,20 @@ class TensorTable:
         Where nothing has moved this compares numbers on the host. Otherwise the rows go to the device by a
         copy that the host does not wait for; `owners` are made anew only for other sizes, or on another
         stream.
+
+        Raises:
+            RuntimeError: something has moved while a CUDA graph is captured.
         """
         device, sizes = columns[0][0].device, [tensor.numel() for tensor in columns[0]]
         addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
         layout = (device, _stream(device), chunk, sizes)
         if layout == self._layout and addresses == self._addresses:
             return
+        if _capturing(device):
+            raise RuntimeError(
+                "TensorTable: tensors have moved while a CUDA graph is captured, and a replay would read "
+                "their old addresses; call once before the capture and keep the tensors where they are"
+            )
         counts = [-(-size // chunk) for size in sizes]
         if layout != self._layout:
             ends = torch.tensor(counts).cumsum(0)
@@ -72,6 +80,10 @@ class TensorTable:
 def _stream(device: torch.device) -> int | None:
     """The number of the current CUDA stream, None on other devices."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -295,6 +295,17 @@ def test_the_table_of_one_stream_is_not_read_on_another() -> None:
     assert torch.equal(owners, table.owners)
 
 
+def test_a_graph_does_not_capture_addresses_that_may_change() -> None:
+    columns = [[torch.zeros(5)]]
+    table = TensorTable()
+    with mock.patch.object(tensor_table, "_capturing", return_value=True):
+        with pytest.raises(RuntimeError, match="CUDA graph"):
+            table.update(1024, columns)
+    table.update(1024, columns)
+    with mock.patch.object(tensor_table, "_capturing", return_value=True):
+        table.update(1024, columns)  # nothing has moved
+
+
 @needs_interpreter
 def test_kernels_agree_with_their_references() -> None:
     run_interpreted("interpreted_adamw.py")

@@ -27,7 +27,7 @@ from kernels.operand import FP8Operand, values_and_tiles
 from kernels.products import OneWeight, Products
 from kernels.quantize import TILES, Quantized, quantize_tiles
 from kernels.weight import FP8Weight
-from kernels.wgrad import WgradQueue
+from kernels.wgrad import MainGrad, WgradQueue
 
 
 def fp8_linear(
@@ -37,7 +37,7 @@ def fp8_linear(
     power_of_two: bool = False,
     e5m6: bool = False,
     copy: FP8Weight | None = None,
-    main_grad: torch.Tensor | None = None,
+    main_grad: MainGrad | None = None,
     queue: WgradQueue | None = None,
 ) -> torch.Tensor:
     """y = x @ weight.T with FP8 products and FP32 sums, forward and backward.
@@ -49,9 +49,10 @@ def fp8_linear(
 
     `power_of_two` rounds the scales that are made here up to powers of two. `e5m6` keeps x for the weight
     gradient in E5M6, and makes its scales powers of two, as the report does for the output of attention.
-    `copy` is the weight in FP8, made by `FP8Weights.of`. `main_grad` (FP32, the weight's shape) takes the
-    weight's gradient, added at the end of its GEMM; autograd then gives the weight none. With a `queue` the
-    backward pass computes the gradient of x alone, and `queue.run()` that of the weight.
+    `copy` is the weight in FP8, made by `FP8Weights.of`. `main_grad` (FP32, the weight's shape; or a function
+    that gives it in the backward pass) takes the weight's gradient, added at the end of its GEMM; autograd
+    then gives the weight none. With a `queue` the backward pass computes the gradient of x alone, and
+    `queue.run()` that of the weight.
 
     On a CPU the same quantisation runs with FP32 products (the emulation of precision policy `fp8`).
 

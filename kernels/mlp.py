@@ -24,9 +24,9 @@ from kernels.products import EachExpert, OneWeight, Products
 from kernels.quantize import TILES, Quantized, quantize_tiles
 from kernels.swiglu import swiglu_backward, swiglu_quantize
 from kernels.weight import FP8Weight
-from kernels.wgrad import WgradQueue
+from kernels.wgrad import MainGrad, WgradQueue
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+MainGrads = tuple[MainGrad, MainGrad]
 
 
 def fp8_mlp(
@@ -36,7 +36,7 @@ def fp8_mlp(
     *,
     power_of_two: bool = False,
     copies: tuple[FP8Weight, FP8Weight] | None = None,
-    main_grads: Pair | None = None,
+    main_grads: MainGrads | None = None,
     queue: WgradQueue | None = None,
 ) -> torch.Tensor:
     """The SwiGLU network of all tokens: [..., D] -> [..., D], in the type of x.
@@ -66,7 +66,7 @@ def fp8_experts(
     power_of_two: bool = False,
     weight_power_of_two: bool | None = None,
     copies: tuple[FP8Weight, FP8Weight] | None = None,
-    main_grads: Pair | None = None,
+    main_grads: MainGrads | None = None,
     queue: WgradQueue | None = None,
 ) -> torch.Tensor:
     """The SwiGLU network of each token's expert: rows [rows, D] sorted by expert -> [rows, D], same order.
@@ -177,7 +177,7 @@ def _reads(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     copies: tuple[FP8Weight, FP8Weight] | None,
-    main_grads: Pair | None,
+    main_grads: MainGrads | None,
     queue: WgradQueue | None,
     power_of_two: bool,
     weight_power_of_two: bool | None = None,

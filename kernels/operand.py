@@ -8,7 +8,7 @@ from kernels.activation import FP8Activation
 from kernels.grouped_quantize import QuantizedExperts
 from kernels.quantize import Quantized
 from kernels.weight import FP8Weight, quantize_weight
-from kernels.wgrad import WgradQueue, WgradTarget
+from kernels.wgrad import MainGrad, WgradQueue, WgradTarget
 
 
 class FP8Operand:
@@ -19,7 +19,7 @@ class FP8Operand:
         function: str,
         weight: torch.Tensor,
         copy: FP8Weight | None,
-        main_grad: torch.Tensor | None,
+        main_grad: MainGrad | None,
         queue: WgradQueue | None,
         power_of_two: bool,
         weight_power_of_two: bool | None = None,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.permute import Plan, combine
+from kernels.permute import Plan, combine, gather
 from kernels.quantize import TILES, Quantized, quantize_tiles
 
 
@@ -110,9 +110,8 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, tiles: Quantized, plan: Plan) -> tuple[torch.Tensor, ...]:
         ctx.plan = plan
-        token = plan.pair // plan.place.shape[1]
-        codes = tiles.codes.view(torch.uint8).index_select(0, token).view(tiles.codes.dtype)
-        scales = tiles.scales.index_select(0, token)
+        codes = gather(tiles.codes.view(torch.uint8), plan).view(tiles.codes.dtype)
+        scales = gather(tiles.scales, plan)
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)
         return codes, scales, empty_anchor(codes.shape, anchor.dtype, anchor.device)

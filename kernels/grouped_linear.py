@@ -53,5 +53,5 @@ def fp8_grouped_linear(
             f"{offsets.device}; move them to one device"
         )
     read = FP8Operand("fp8_grouped_linear", weight, copy, main_grad, queue, power_of_two)
-    values, tiles = values_and_tiles(x)
-    return FP8Linear.apply(values, weight, tiles, EachExpert(offsets), read, False)
+    values, tiles, x_power_of_two = values_and_tiles(x)
+    return FP8Linear.apply(values, weight, tiles, x_power_of_two, EachExpert(offsets), read, False)

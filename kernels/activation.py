@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.permute import Plan, combine
+from kernels.permute import Plan, combine, gather
 from kernels.quantize import TILES, Quantized, quantize_tiles
 
 
@@ -23,6 +23,8 @@ class FP8Activation:
 
     The type of the anchor is that of gradients, and of what layers make from the activation. A dispatch that
     receives codes from elsewhere makes both itself: the gradient of its anchor is what it sends back.
+    `power_of_two` says that all scales are powers of two; the tiles along the tokens, which weight gradients
+    need, then get such scales too, and the second rounding costs nothing (report, section 3.3.3).
 
     Raises:
         ValueError, TypeError: the parts do not fit together.
@@ -30,6 +32,7 @@ class FP8Activation:
 
     tiles: Quantized
     anchor: torch.Tensor
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if self.tiles.block != TILES:
@@ -66,7 +69,7 @@ def fp8_activation(x: torch.Tensor, *, power_of_two: bool = False) -> FP8Activat
     if x.dim() < 1:
         raise ValueError("fp8_activation: x has no dimension; pass [..., cols]")
     codes, scales, anchor = _Quantize.apply(x, power_of_two)
-    return FP8Activation(Quantized(codes, scales, TILES), anchor)
+    return FP8Activation(Quantized(codes, scales, TILES), anchor, power_of_two)
 
 
 def permute_fp8(x: FP8Activation, plan: Plan) -> FP8Activation:
@@ -84,7 +87,7 @@ def permute_fp8(x: FP8Activation, plan: Plan) -> FP8Activation:
             f"the plan is for {tokens} tokens on {plan.pair.device}"
         )
     codes, scales, anchor = _Permute.apply(x.anchor, x.tiles, plan)
-    return FP8Activation(Quantized(codes, scales, TILES), anchor)
+    return FP8Activation(Quantized(codes, scales, TILES), anchor, x.power_of_two)
 
 
 def empty_anchor(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -110,9 +113,8 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, tiles: Quantized, plan: Plan) -> tuple[torch.Tensor, ...]:
         ctx.plan = plan
-        token = plan.pair // plan.place.shape[1]
-        codes = tiles.codes.view(torch.uint8).index_select(0, token).view(tiles.codes.dtype)
-        scales = tiles.scales.index_select(0, token)
+        codes = gather(tiles.codes.view(torch.uint8), plan).view(tiles.codes.dtype)
+        scales = gather(tiles.scales, plan)
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)
         return codes, scales, empty_anchor(codes.shape, anchor.dtype, anchor.device)

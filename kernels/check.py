@@ -79,7 +79,7 @@ def compile_case(case: Case) -> Compiled:
     Raises:
         RuntimeError: the process imported the kernels under TRITON_INTERPRET, or without Triton.
     """
-    _require_triton()
+    _require_compiler()
     if not isinstance(case.kernel, triton.runtime.JITFunction):
         raise RuntimeError("kernels.check: TRITON_INTERPRET is set, which replaces the compiler; unset it")
     names = case.kernel.arg_names
@@ -129,7 +129,7 @@ def _inspect(cubin: bytes) -> tuple[int, int, str]:
     return int(figures["REG"]), int(figures["STACK"]), sass
 
 
-def _require_triton() -> None:
+def _require_compiler() -> None:
     if triton is None:
         raise RuntimeError("kernels.check: Triton is not installed; install triton>=3.6")
 
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = []
     try:
-        _require_triton()
+        _require_compiler()
         # Fresh processes: threads of this one may hold locks that a fork would copy.
         with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             for found in pool.map(_rows_of, range(sum(1 for _ in cases()))):

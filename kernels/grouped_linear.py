@@ -16,7 +16,7 @@ from kernels.linear import FP8Linear
 from kernels.operand import FP8Operand, values_and_tiles
 from kernels.products import EachExpert
 from kernels.weight import FP8Weight
-from kernels.wgrad import WgradQueue
+from kernels.wgrad import MainGrad, WgradQueue
 
 
 def fp8_grouped_linear(
@@ -26,7 +26,7 @@ def fp8_grouped_linear(
     *,
     power_of_two: bool = False,
     copy: FP8Weight | None = None,
-    main_grad: torch.Tensor | None = None,
+    main_grad: MainGrad | None = None,
     queue: WgradQueue | None = None,
 ) -> torch.Tensor:
     """y = x @ weight[e].T for the tokens of each expert e: FP8 products, FP32 sums, forward and backward.
@@ -53,5 +53,5 @@ def fp8_grouped_linear(
             f"{offsets.device}; move them to one device"
         )
     read = FP8Operand("fp8_grouped_linear", weight, copy, main_grad, queue, power_of_two)
-    values, tiles = values_and_tiles(x)
-    return FP8Linear.apply(values, weight, tiles, EachExpert(offsets), read, False)
+    values, tiles, x_power_of_two = values_and_tiles(x)
+    return FP8Linear.apply(values, weight, tiles, x_power_of_two, EachExpert(offsets), read, False)

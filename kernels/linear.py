@@ -27,7 +27,7 @@ from kernels.operand import FP8Operand, values_and_tiles
 from kernels.products import OneWeight, Products
 from kernels.quantize import TILES, Quantized, quantize_tiles
 from kernels.weight import FP8Weight
-from kernels.wgrad import WgradQueue
+from kernels.wgrad import MainGrad, WgradQueue
 
 
 def fp8_linear(
@@ -37,7 +37,7 @@ def fp8_linear(
     power_of_two: bool = False,
     e5m6: bool = False,
     copy: FP8Weight | None = None,
-    main_grad: torch.Tensor | None = None,
+    main_grad: MainGrad | None = None,
     queue: WgradQueue | None = None,
 ) -> torch.Tensor:
     """y = x @ weight.T with FP8 products and FP32 sums, forward and backward.
@@ -47,11 +47,13 @@ def fp8_linear(
     idle expert: y is then empty and the gradient of the weight zero. Several layers that read the same x can
     share its codes: an `FP8Activation`.
 
-    `power_of_two` rounds the scales that are made here up to powers of two. `e5m6` keeps x for the weight
+    `power_of_two` rounds the scales that are made here up to powers of two. An `FP8Activation` that has such
+    scales gets them along the tokens as well, whatever `power_of_two` is. `e5m6` keeps x for the weight
     gradient in E5M6, and makes its scales powers of two, as the report does for the output of attention.
-    `copy` is the weight in FP8, made by `FP8Weights.of`. `main_grad` (FP32, the weight's shape) takes the
-    weight's gradient, added at the end of its GEMM; autograd then gives the weight none. With a `queue` the
-    backward pass computes the gradient of x alone, and `queue.run()` that of the weight.
+    `copy` is the weight in FP8, made by `FP8Weights.of`. `main_grad` (FP32, the weight's shape; or a function
+    that gives it in the backward pass) takes the weight's gradient, added at the end of its GEMM; autograd
+    then gives the weight none. With a `queue` the backward pass computes the gradient of x alone, and
+    `queue.run()` that of the weight.
 
     On a CPU the same quantisation runs with FP32 products (the emulation of precision policy `fp8`).
 
@@ -69,8 +71,8 @@ def fp8_linear(
     if e5m6 and isinstance(x, FP8Activation):
         raise ValueError("fp8_linear: e5m6 caches the values of x, and x holds E4M3 codes; pass a tensor")
     read = FP8Operand("fp8_linear", weight, copy, main_grad, queue, power_of_two)
-    values, tiles = values_and_tiles(x)
-    y = FP8Linear.apply(values, weight, tiles, OneWeight(), read, e5m6)
+    values, tiles, x_power_of_two = values_and_tiles(x)
+    y = FP8Linear.apply(values, weight, tiles, x_power_of_two, OneWeight(), read, e5m6)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -83,6 +85,7 @@ class FP8Linear(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         tiles: Quantized | None,
+        x_power_of_two: bool,
         products: Products,
         read: FP8Operand,
         e5m6: bool,
@@ -96,6 +99,7 @@ class FP8Linear(torch.autograd.Function):
             cached = (tiles.codes, tiles.scales) if wide is None else (wide.packed, wide.scales)
         ctx.save_for_backward(*cached, read.kept(weight, ctx.needs_input_grad[0]))
         ctx.products, ctx.read, ctx.e5m6 = products, read, e5m6
+        ctx.turned_power_of_two = read.power_of_two or e5m6 or x_power_of_two
         ctx.x_dtype, ctx.cols = x.dtype, x.shape[1]
         return products.product(tiles, read.blocks(weight), x.dtype)
 
@@ -111,6 +115,6 @@ class FP8Linear(torch.autograd.Function):
             dx = products.product(rows, read.transposed(weight), ctx.x_dtype)
         if by_token is not None:
             cached = E5M6(codes, scales, ctx.cols) if ctx.e5m6 else Quantized(codes, scales, TILES)
-            power_of_two = read.power_of_two or ctx.e5m6
+            power_of_two = ctx.turned_power_of_two
             dw = read.target.settle(products, by_token, lambda: products.turned(cached, power_of_two))
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None, None, None

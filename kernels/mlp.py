@@ -24,9 +24,9 @@ from kernels.products import EachExpert, OneWeight, Products
 from kernels.quantize import TILES, Quantized, quantize_tiles
 from kernels.swiglu import swiglu_backward, swiglu_quantize
 from kernels.weight import FP8Weight
-from kernels.wgrad import WgradQueue
+from kernels.wgrad import MainGrad, WgradQueue
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+MainGrads = tuple[MainGrad, MainGrad]
 
 
 def fp8_mlp(
@@ -36,7 +36,7 @@ def fp8_mlp(
     *,
     power_of_two: bool = False,
     copies: tuple[FP8Weight, FP8Weight] | None = None,
-    main_grads: Pair | None = None,
+    main_grads: MainGrads | None = None,
     queue: WgradQueue | None = None,
 ) -> torch.Tensor:
     """The SwiGLU network of all tokens: [..., D] -> [..., D], in the type of x.
@@ -51,8 +51,8 @@ def fp8_mlp(
     """
     _check("fp8_mlp", x, gate_up, down, 2)
     reads = _reads("fp8_mlp", gate_up, down, copies, main_grads, queue, power_of_two)
-    values, tiles = values_and_tiles(x)
-    y = FP8SwiGLU.apply(values, gate_up, down, None, tiles, OneWeight(), *reads)
+    values, tiles, x_power_of_two = values_and_tiles(x)
+    y = FP8SwiGLU.apply(values, gate_up, down, None, tiles, x_power_of_two, OneWeight(), *reads)
     return y.view(*x.shape[:-1], down.shape[0])
 
 
@@ -66,7 +66,7 @@ def fp8_experts(
     power_of_two: bool = False,
     weight_power_of_two: bool | None = None,
     copies: tuple[FP8Weight, FP8Weight] | None = None,
-    main_grads: Pair | None = None,
+    main_grads: MainGrads | None = None,
     queue: WgradQueue | None = None,
 ) -> torch.Tensor:
     """The SwiGLU network of each token's expert: rows [rows, D] sorted by expert -> [rows, D], same order.
@@ -96,8 +96,8 @@ def fp8_experts(
         )
     powers_of_two = (power_of_two, weight_power_of_two)
     reads = _reads("fp8_experts", gate_up, down, copies, main_grads, queue, *powers_of_two)
-    values, tiles = values_and_tiles(x)
-    return FP8SwiGLU.apply(values, gate_up, down, weights, tiles, EachExpert(offsets), *reads)
+    values, tiles, x_power_of_two = values_and_tiles(x)
+    return FP8SwiGLU.apply(values, gate_up, down, weights, tiles, x_power_of_two, EachExpert(offsets), *reads)
 
 
 class FP8SwiGLU(torch.autograd.Function):
@@ -111,6 +111,7 @@ class FP8SwiGLU(torch.autograd.Function):
         down: torch.Tensor,
         weights: torch.Tensor | None,
         tiles: Quantized | None,
+        x_power_of_two: bool,
         products: Products,
         read_gate_up: FP8Operand,
         read_down: FP8Operand,
@@ -135,6 +136,7 @@ class FP8SwiGLU(torch.autograd.Function):
             read_down.kept(down, need_x or need_gate_up or need_weights),
         )
         ctx.products, ctx.reads, ctx.x_dtype = products, (read_gate_up, read_down), x.dtype
+        ctx.turned_power_of_two = power_of_two or x_power_of_two
         return products.product(hidden, read_down.blocks(down), x.dtype)
 
     @staticmethod
@@ -165,11 +167,11 @@ class FP8SwiGLU(torch.autograd.Function):
             if rows is not None:
                 dx = products.product(rows, read_gate_up.transposed(gate_up), ctx.x_dtype)
             if by_token is not None:
-                x = Quantized(x_codes, x_scales, TILES)
+                x, turned_power_of_two = Quantized(x_codes, x_scales, TILES), ctx.turned_power_of_two
                 d_gate_up = read_gate_up.target.settle(
-                    products, by_token, lambda: products.turned(x, power_of_two)
+                    products, by_token, lambda: products.turned(x, turned_power_of_two)
                 )
-        return dx, d_gate_up, d_down, d_weights if need_weights else None, None, None, None, None
+        return dx, d_gate_up, d_down, d_weights if need_weights else None, None, None, None, None, None
 
 
 def _reads(
@@ -177,7 +179,7 @@ def _reads(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     copies: tuple[FP8Weight, FP8Weight] | None,
-    main_grads: Pair | None,
+    main_grads: MainGrads | None,
     queue: WgradQueue | None,
     power_of_two: bool,
     weight_power_of_two: bool | None = None,

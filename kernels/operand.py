@@ -8,7 +8,7 @@ from kernels.activation import FP8Activation
 from kernels.grouped_quantize import QuantizedExperts
 from kernels.quantize import Quantized
 from kernels.weight import FP8Weight, quantize_weight
-from kernels.wgrad import WgradQueue, WgradTarget
+from kernels.wgrad import MainGrad, WgradQueue, WgradTarget
 
 
 class FP8Operand:
@@ -19,7 +19,7 @@ class FP8Operand:
         function: str,
         weight: torch.Tensor,
         copy: FP8Weight | None,
-        main_grad: torch.Tensor | None,
+        main_grad: MainGrad | None,
         queue: WgradQueue | None,
         power_of_two: bool,
         weight_power_of_two: bool | None = None,
@@ -49,8 +49,9 @@ class FP8Operand:
         return weight if needed and self.copy is None else None
 
 
-def values_and_tiles(x: torch.Tensor | FP8Activation) -> tuple[torch.Tensor, Quantized | None]:
-    """The matrix [rows, in] that takes the gradient of x, and the tiles of x if there are any."""
+def values_and_tiles(x: torch.Tensor | FP8Activation) -> tuple[torch.Tensor, Quantized | None, bool]:
+    """The matrix [rows, in] that takes the gradient of x, the tiles of x if there are any, and whether their
+    scales are known to be powers of two."""
     if isinstance(x, FP8Activation):
-        return x.anchor.reshape(-1, x.shape[-1]), x.tiles
-    return x.reshape(-1, x.shape[-1]), None
+        return x.anchor.reshape(-1, x.shape[-1]), x.tiles, x.power_of_two
+    return x.reshape(-1, x.shape[-1]), None, False

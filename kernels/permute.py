@@ -174,7 +174,8 @@ def weight_gradient(y: torch.Tensor, grad: torch.Tensor, plan: Plan) -> torch.Te
 
 def gather_reference(x: torch.Tensor, plan: Plan, weights: torch.Tensor | None = None) -> torch.Tensor:
     """The PyTorch reference of `gather`, on any device."""
-    rows = x[plan.pair // plan.place.shape[1]]
+    # Not by an index: on a CPU that copies bytes one at a time.
+    rows = x.index_select(0, plan.pair // plan.place.shape[1])
     if weights is None:
         return rows
     return (weights.reshape(-1)[plan.pair].float()[:, None] * rows.float()).to(x.dtype)
@@ -185,7 +186,7 @@ def combine_reference(y: torch.Tensor, plan: Plan, weights: torch.Tensor | None 
     tokens, slots = plan.place.shape
     total = torch.zeros((tokens, y.shape[1]), dtype=torch.float32, device=y.device)
     for slot in range(slots):
-        row = y[plan.place[:, slot]].float()
+        row = y.index_select(0, plan.place[:, slot]).float()
         total += row if weights is None else weights[:, slot, None].float() * row
     return total.to(y.dtype)
 

@@ -14,11 +14,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeAlias
 
 import torch
 
 from kernels.products import Products
 from kernels.quantize import Quantized
+
+MainGrad: TypeAlias = torch.Tensor | Callable[[], torch.Tensor]
+"""An FP32 buffer of its weight's shape, or a function that gives it whenever a gradient is to be added."""
 
 
 class WgradQueue:
@@ -83,8 +87,8 @@ class WgradQueue:
 
 @dataclass(frozen=True)
 class WgradTarget:
-    """Where the gradient of `weight` goes: into `main_grad` (FP32, same shape) or, without one, where
-    autograd puts it; at once, or when `queue` runs.
+    """Where the gradient of `weight` goes: into `main_grad` or, without one, where autograd puts it; at once,
+    or when `queue` runs.
 
     With a main gradient, autograd gives the weight no gradient, and runs no hook of it.
 
@@ -93,22 +97,14 @@ class WgradTarget:
     """
 
     weight: torch.Tensor
-    main_grad: torch.Tensor | None = None
+    main_grad: MainGrad | None = None
     queue: WgradQueue | None = None
 
     def __post_init__(self) -> None:
         weight, main_grad = self.weight, self.main_grad
-        if main_grad is not None:
-            if main_grad.dtype != torch.float32:
-                raise TypeError(f"main_grad is {main_grad.dtype}; sums are kept in torch.float32")
-            if main_grad.shape != weight.shape or not main_grad.is_contiguous():
-                raise ValueError(
-                    f"main_grad has shape {tuple(main_grad.shape)}; the weight needs a contiguous "
-                    f"{tuple(weight.shape)}"
-                )
-            if main_grad.device != weight.device:
-                raise ValueError(f"main_grad is on {main_grad.device} and the weight on {weight.device}")
-        elif self.queue is not None and weight.requires_grad and not weight.is_leaf:
+        if isinstance(main_grad, torch.Tensor):
+            _check(main_grad, weight)
+        elif main_grad is None and self.queue is not None and weight.requires_grad and not weight.is_leaf:
             raise ValueError(
                 "a queue was given for a weight that is itself computed: when the queue runs, autograd has "
                 "passed it; pass the leaf, or a main_grad"
@@ -123,7 +119,11 @@ class WgradTarget:
         weight, main_grad, queue = self.weight, self.main_grad, self.queue
 
         def add() -> None:
-            products.add_weight_gradient(dy, x(), main_grad)
+            buffer = main_grad
+            if not isinstance(buffer, torch.Tensor):
+                buffer = buffer()
+                _check(buffer, weight)
+            products.add_weight_gradient(dy, x(), buffer)
 
         def make() -> torch.Tensor:
             return products.weight_gradient(dy, x(), weight.shape, weight.dtype)
@@ -140,3 +140,15 @@ class WgradTarget:
             add()
             return None
         return make()
+
+
+def _check(main_grad: torch.Tensor, weight: torch.Tensor) -> None:
+    if main_grad.dtype != torch.float32:
+        raise TypeError(f"main_grad is {main_grad.dtype}; sums are kept in torch.float32")
+    if main_grad.shape != weight.shape or not main_grad.is_contiguous():
+        raise ValueError(
+            f"main_grad has shape {tuple(main_grad.shape)}; the weight needs a contiguous "
+            f"{tuple(weight.shape)}"
+        )
+    if main_grad.device != weight.device:
+        raise ValueError(f"main_grad is on {main_grad.device} and the weight on {weight.device}")

@@ -64,11 +64,12 @@ class Gate(nn.Module):
         return biased_SE.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
 
     def _count(self, experts_SK: Tensor, valid_S: Tensor | None) -> Tensor:
-        # Neither bincount nor an index of booleans: both wait for a GPU. Sums of ones are exact.
-        hits_SE = torch.zeros(
-            len(experts_SK), self.config.n_routed_experts, device=experts_SK.device
-        ).scatter_(1, experts_SK, 1.0)
-        return (hits_SE if valid_S is None else hits_SE * valid_S[:, None]).sum(0)
+        # Neither bincount nor an index of booleans: both wait for a GPU. Sums of integers have no order.
+        counted_SK = torch.ones_like(experts_SK)
+        if valid_S is not None:
+            counted_SK = valid_S.long()[:, None].expand_as(experts_SK)
+        load_E = experts_SK.new_zeros(self.config.n_routed_experts)
+        return load_E.scatter_add_(0, experts_SK.flatten(), counted_SK.flatten()).float()
 
     def _balance(self, scores_BTE: Tensor, valid_BT: Tensor | None) -> Tensor:
         """Equations 17-20. f ranks the unbiased affinities and is a constant; the gradient flows through

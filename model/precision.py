@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from kernels.activation import FP8Activation
     from kernels.weight import FP8Weights
+    from kernels.wgrad import MainGrad
 
 NAMES = ("fp32", "bf16", "fp8")
 
@@ -37,6 +39,10 @@ class Precision:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"precision {self.name!r} is unknown: choose one of {', '.join(NAMES)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, or in a file: a model that is copied during a step is outside of that step."""
+        return self.__dict__ | {"copies": None}
 
     @property
     def fp8(self) -> bool:
@@ -97,7 +103,7 @@ class Precision:
             "main_grads": None if any(grad is None for grad in main_grads) else main_grads,
         }
 
-    def _step(self, weight: Tensor) -> tuple[Any, Tensor | None]:
+    def _step(self, weight: Tensor) -> tuple[Any, MainGrad | None]:
         """Inside `steady_weights`: the weight in FP8, and its gradient as the buffer that products add to."""
         if self.copies is None:
             return None, None
@@ -108,9 +114,8 @@ class Precision:
             and weight.is_leaf
             and weight.dtype == torch.float32
         ):
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-            main_grad = weight.grad
+            # Asked for in the backward pass: between the two `zero_grad` may put away what is there now.
+            main_grad = partial(_gradient_of, weight)
         return self.copies.of(weight), main_grad
 
     @property
@@ -119,12 +124,20 @@ class Precision:
         return torch.float32 if self.name == "fp32" else torch.bfloat16
 
 
+def _gradient_of(weight: Tensor) -> Tensor:
+    """`weight.grad`, made of zeros where there is none."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    return weight.grad
+
+
 @contextmanager
 def steady_weights(policies: Iterable[Precision]) -> Iterator[None]:
     """Around the micro-batches of one optimizer step, forward and backward: nobody writes weights inside.
 
     Under `fp8` each weight is quantised once for all of them, and gradients of weights are added to `.grad`
     by the products that make them. Policies of replicas, whose weights are the same memory, share the copies.
+    Inside another such scope, as an evaluation may be, it has copies of its own; then the other's come back.
     """
     policies = [policy for policy in policies if policy.fp8]
     if not policies:
@@ -132,11 +145,12 @@ def steady_weights(policies: Iterable[Precision]) -> Iterator[None]:
         return
     from kernels.weight import FP8Weights
 
+    outer = [policy.copies for policy in policies]
     with FP8Weights(power_of_two=policies[0].power_of_two) as copies:
         for policy in policies:
             policy.copies = copies
         try:
             yield
         finally:
-            for policy in policies:
-                policy.copies = None
+            for policy, other in zip(policies, outer, strict=True):
+                policy.copies = other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -75,12 +74,17 @@ def experts_apart(
     offsets: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Each expert's rows through its network, times their weights."""
-    parts = [
-        plain(x[begin:end], gate_up[e], down[e])
-        for e, (begin, end) in enumerate(itertools.pairwise(offsets.tolist()))
-    ]
-    return (torch.cat(parts) * weights[:, None]).to(x.dtype)
+    """Each expert's rows through its network, times their weights. `offsets` are read on the host."""
+    # Split and unbound: the gradient of an index would be as large as all experts.
+    parts = x.split(offsets.diff().tolist()), gate_up.unbind(), down.unbind()
+    rows = [plain(*part) for part in zip(*parts, strict=True)]
+    return torch.cat(rows) * weights[:, None].to(x.dtype)
+
+
+def apart(*inputs: torch.Tensor) -> Callable[[], Results]:
+    """This peer must know the offsets on the host, ours need not: they are copied there untimed."""
+    *given, offsets, weights, dy = inputs
+    return partial(forward_and_back, experts_apart, *given, torch.tensor(offsets.tolist()), weights, dy)
 
 
 def grouped_mm(
@@ -91,8 +95,12 @@ def grouped_mm(
     weights: torch.Tensor,
 ) -> torch.Tensor:
     ends, product = offsets[1:].int(), torch.nn.functional.grouped_mm
-    hidden = swiglu(product(x, gate_up.mT, offs=ends)) * weights[:, None]
-    return product(hidden.to(x.dtype), down.mT, offs=ends)
+    hidden = swiglu(product(x, gate_up.mT, offs=ends)) * weights[:, None].to(x.dtype)
+    return product(hidden, down.mT, offs=ends)
+
+
+def build(network: Network) -> Callable[..., Callable[[], Results]]:
+    return lambda *inputs: partial(forward_and_back, network, *inputs)
 
 
 def error(inputs: Inputs, found: Results, network: Network) -> float:
@@ -105,9 +113,9 @@ def entry(
     name: str, dtype: torch.dtype, checked: Sequence[tuple[int, ...]], timed: Sequence[Shape] = ()
 ) -> Entry:
     kind, experts = "FP32" if dtype == torch.float32 else "BF16", name == "fp8_experts"
-    networks = {f"expert by expert {kind}": experts_apart} if experts else {f"F.linear {kind}": plain}
+    peers = {f"expert by expert {kind}": apart} if experts else {f"F.linear {kind}": build(plain)}
     if experts and timed:
-        networks["F.grouped_mm BF16"] = grouped_mm
+        peers["F.grouped_mm BF16"] = build(grouped_mm)
     return Entry(
         name,
         f"{kind}, 6 products",
@@ -124,10 +132,7 @@ def entry(
         timed=timed,
         small=None if timed else (512, 256, 256, *((4,) if experts else ())),
         unit="TFLOPS",
-        peers=[
-            Peer(peer, lambda *inputs, network=network: partial(forward_and_back, network, *inputs), "any")
-            for peer, network in networks.items()
-        ],
+        peers=[Peer(peer, start, "any") for peer, start in peers.items()],
         kernel="gemm_triton",
     )
 

@@ -283,6 +283,23 @@ def test_a_failure_is_a_row_and_hides_nothing(monkeypatch: pytest.MonkeyPatch, c
     assert "1 rows fail" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["fp8_grouped_linear", "fp8_experts"])
+def test_a_peer_that_reads_offsets_on_the_host_does_so_untimed(name: str) -> None:
+    found = 0
+    for entry in entries(name):
+        inputs = entry.make(Draw(torch.device("cpu"), 0, rough=False), *entry.checked[1])
+        offsets = next(part for part in inputs if part.dtype == torch.int64)
+        for peer in (peer for peer in entry.peers if peer.name.startswith("expert by expert")):
+            call = peer.build(*inputs)
+            expected = call()
+            kept = offsets.clone()
+            offsets.zero_()  # had the call read them, it would fail
+            assert all(torch.equal(a, b) for a, b in zip(call(), expected, strict=True))
+            offsets.copy_(kept)
+            found += 1
+    assert found == len(entries(name))
+
+
 def test_calls_run_in_turns() -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}

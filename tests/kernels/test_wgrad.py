@@ -90,6 +90,23 @@ def test_micro_batches_add_up_in_main_gradients(kind, queued) -> None:
     assert all(torch.equal(found, total) for found, total in zip(main_grads, expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["linear", "experts"])
+def test_a_main_gradient_may_be_asked_for_when_it_is_needed(kind) -> None:
+    _, dw = fused(kind)
+    x, weights, dy, run = layer(kind)
+    buffers: list[torch.Tensor] = []
+    y = run(x, main_grads=tuple((lambda i=i: buffers[i]) for i in range(len(weights))))
+    with pytest.raises(IndexError):  # nobody asked in the forward pass
+        y.backward(dy, retain_graph=True)
+    buffers += [torch.zeros(w.shape) for w in weights]
+    y.backward(dy)
+    assert all(weight.grad is None for weight in weights)
+    assert all(torch.equal(found, gradient) for found, gradient in zip(buffers, dw, strict=True))
+    y = run(x, main_grads=tuple((lambda i=i: buffers[i].bfloat16()) for i in range(len(weights))))
+    with pytest.raises(TypeError, match=r"main_grad is torch\.bfloat16"):
+        y.backward(dy)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_copy_of_the_weight_changes_no_bit_and_is_made_once(kind, monkeypatch) -> None:
     dx, dw = fused(kind)

@@ -1,7 +1,9 @@
 """Training under fp8: networks in FP8, weights quantised once a step, the same bits whichever way."""
 
+import copy
 from contextlib import nullcontext
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -99,6 +101,52 @@ def test_a_steps_gradients_are_those_of_autograd() -> None:
         assert torch.equal(gradient, found[1][1][name]), name
 
 
+def test_gradients_go_where_the_backward_pass_finds_them() -> None:
+    """`zero_grad` between the passes, as many loops have it, takes away no gradient; and what the loss does
+    not reach gets none, so that no optimizer moves it."""
+    found = []
+    for steady in (False, True):
+        model = tiny(precision="fp8").train()
+        with steady_weights([model.precision]) if steady else nullcontext():
+            step(model, tokens(1, 9))
+            loss = model.logits(model(tokens(2, 9), mtp=True).states_BTD[0]).square().mean()
+            model.zero_grad()
+            loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert any(gradient is None for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        if gradient is None:
+            assert found[1][name] is None, name
+        else:
+            assert torch.equal(found[1][name], gradient), name
+
+
+def test_a_buffer_that_cannot_take_a_gradient_is_named() -> None:
+    model = tiny(precision="fp8").train()
+    weight = model.layers[0].self_attn.o_proj
+    weight.grad = torch.zeros_like(weight).t().contiguous().t()
+    with steady_weights([model.precision]), pytest.raises(ValueError, match="needs a contiguous"):
+        step(model, tokens(1, 9))
+
+
+def test_copies_are_those_of_the_scope_and_of_no_other_model() -> None:
+    model = tiny(precision="fp8").train()
+    with steady_weights([model.precision]):
+        outer = model.precision.copies
+        twin = copy.deepcopy(model)
+        assert twin.precision.copies is None
+        with torch.no_grad(), steady_weights([model.precision]):  # a model is evaluated during a step
+            assert model.precision.copies is not outer
+            model(tokens(1, 9))
+        assert model.precision.copies is outer
+        expected = step(model, tokens(1, 9))
+        assert step(twin, tokens(1, 9)) == expected
+    assert model.precision.copies is None
+    with pytest.raises(ArithmeticError), steady_weights([model.precision]):
+        raise ArithmeticError
+    assert model.precision.copies is None
+
+
 def test_each_weight_is_quantised_once_a_step(monkeypatch) -> None:
     made: list[torch.Size] = []
     original = kernels.weight.FP8Weight.__init__
@@ -152,7 +200,7 @@ def test_activations_wait_in_a_byte() -> None:
             with steady_weights([model.precision]), recomputing(recompute):
                 return model(batch)
 
-        forward()  # tables and gradients that are made once
+        forward()  # tables that are made once
         return allocations(forward)[1]
 
     assert held("fp8") < 0.75 * held("bf16")

@@ -25,11 +25,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels import quantize
 from kernels.backend import triton
 from kernels.cases import cases
 from kernels.cases.case import Case
 from kernels.figures import Row, at_least, at_most, show, write
+from kernels.formats import quantize
 
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one thread block of an H100 may use
 WGMMA_K = 32  # FP8 products along K that one tensor-core instruction sums

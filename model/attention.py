@@ -2,7 +2,7 @@
 
 Pretraining packs documents without a mask between them (report §4.1); fine-tuning samples must not see each
 other (§5.1). Both go through the same operator: boundaries are one more argument, and nothing else changes.
-On a Hopper GPU that operator is `kernels.mla_attention`, elsewhere PyTorch's (`attend`).
+On a Hopper GPU that operator is `kernels.attention.mla_attention`, elsewhere PyTorch's (`attend`).
 Legend: B batch, T positions, H heads, K width of a query or key head, V width of a value head.
 """
 
@@ -17,7 +17,7 @@ def fused(device: torch.device) -> bool:
     """Whether attention runs in the kernels of `kernels/`, which need a Hopper GPU."""
     if device.type != "cuda":
         return False
-    from kernels.mla_tiles import supported
+    from kernels.attention.mla_tiles import supported
 
     return supported(device)
 
@@ -30,7 +30,7 @@ def boundaries(segments_BT: Tensor) -> Tensor:
     """
     if not fused(segments_BT.device):
         return boundary_mask(segments_BT)
-    from kernels.mla_tiles import document_starts
+    from kernels.attention.mla_tiles import document_starts
 
     return document_starts(segments_BT)
 

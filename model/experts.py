@@ -3,7 +3,7 @@
 Tokens arrive sorted by expert; each expert's rows are one contiguous slice. The backward pass is written by
 hand: it recomputes the activation from the saved gate and up values, and writes each expert's weight gradient
 straight into its slice. A row's routing weight goes onto its hidden values, which are fewer than its outputs.
-Under `fp8` all of that is `kernels.mlp`.
+Under `fp8` all of that is `kernels.layers.mlp`.
 Legend: P (token, expert) pairs, E experts, D hidden, F expert width.
 """
 
@@ -19,7 +19,7 @@ from model.ffn import swiglu_backward
 from model.precision import Precision
 
 if TYPE_CHECKING:
-    from kernels.activation import FP8Activation
+    from kernels.layers.activation import FP8Activation
 
 
 class _GroupedSwiGLU(torch.autograd.Function):

@@ -15,7 +15,7 @@ from model.precision import Precision
 from model.recompute import remember
 
 if TYPE_CHECKING:
-    from kernels.activation import FP8Activation
+    from kernels.layers.activation import FP8Activation
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -3,7 +3,7 @@
 In FP8 a projection is E4M3 codes under its own name, and beside them `NAME_scale_inv`: an FP32 factor for
 each block of 128 x 128 values, by which the codes are multiplied (released README_WEIGHTS; blocks at the
 edges may be ragged). That is our own block quantisation of a weight (report section 3.3.2; see
-`kernels.quantize`).
+`kernels.formats.quantize`).
 What the report keeps in higher precision is not quantised: embedding, head, gates, norms, and the projection
 that joins an MTP module's two inputs; these are bfloat16 there, and routing biases float32.
 """
@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from kernels.quantize import BLOCKS, Quantized, dequantize, quantize_blocks
+from kernels.formats.quantize import BLOCKS, Quantized, dequantize, quantize_blocks
 from model.checkpoint import CheckpointError, check_finite
 
 Weights = Literal["float32", "bfloat16", "fp8"]

@@ -22,7 +22,7 @@ from model.recompute import remember
 from model.yarn import rotate, softmax_scale
 
 if TYPE_CHECKING:
-    from kernels.activation import FP8Activation
+    from kernels.layers.activation import FP8Activation
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -77,7 +77,7 @@ class MultiHeadLatentAttention(nn.Module):
         self, q_BTHK: Tensor, latent_BTC: Tensor, key_BTR: Tensor, starts_BT: Tensor | None
     ) -> Tensor:
         """`_attend` in kernels that take content keys and values as they are made, and one rotary key."""
-        from kernels.mla_attention import mla_attention
+        from kernels.attention.mla_attention import mla_attention
 
         both = remember(self._up_latent(latent_BTC), lambda: self._up_latent(latent_BTC))
         return mla_attention(q_BTHK, both, key_BTR, self.scale, starts_BT)
@@ -99,8 +99,7 @@ class MultiHeadLatentAttention(nn.Module):
         return out_BHTV[..., : self.config.v_head_dim].transpose(1, 2)
 
     def _output(self, heads: Tensor) -> Tensor:
-        """What the heads give, [..., H * V], back in the residual stream. For its gradient E4M3 is too
-        coarse (§3.3.3)."""
+        """What the heads give, [..., H * V], back in the residual stream; kept in E5M6 (§3.3.3)."""
         return self.precision.linear(heads, self.o_proj, e5m6=True)
 
     def _up_key_value(self, latent_BTC: Tensor, key_BTR: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from model.gate import Gate, Routing
 from model.precision import Precision
 
 if TYPE_CHECKING:
-    from kernels.activation import FP8Activation
-    from kernels.permute import Plan
+    from kernels.fused.permute import Plan
+    from kernels.layers.activation import FP8Activation
 
 
 @dataclass
@@ -83,8 +83,8 @@ class MoE(nn.Module):
 
     def _dispatch_fp8(self, x_SD: Tensor, routing: Routing) -> Dispatched:
         """Quantised once a token, before it is sent (§3.3.3). Nothing here waits for a GPU."""
-        from kernels.activation import permute_fp8
-        from kernels.permute import plan_rows
+        from kernels.fused.permute import plan_rows
+        from kernels.layers.activation import permute_fp8
 
         x = self.precision.operand(x_SD, power_of_two=True)
         plan = plan_rows(routing.experts_SK, self.gate.config.n_routed_experts)
@@ -101,7 +101,7 @@ class MoE(nn.Module):
         """Sum of each token's experts, plus the shared expert."""
         base = self.shared_experts(sent.x_SD) if self.shared_experts is not None else None
         if sent.plan is not None:
-            from kernels.permute import unpermute
+            from kernels.fused.permute import unpermute
 
             routed = unpermute(y_PD, sent.plan)
             return (routed if base is None else base + routed).view_as(x_BTD)

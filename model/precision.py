@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from kernels.activation import FP8Activation
-    from kernels.weight import FP8Weights
-    from kernels.wgrad import MainGrad
+    from kernels.layers.activation import FP8Activation
+    from kernels.layers.weight import FP8Weights
+    from kernels.layers.wgrad import MainGrad
 
 NAMES = ("fp32", "bf16", "fp8")
 
@@ -57,7 +57,7 @@ class Precision:
             return F.linear(x, weight)
         if self.name == "bf16":
             return F.linear(x.bfloat16(), weight.bfloat16()).to(x.dtype)
-        from kernels.linear import fp8_linear
+        from kernels.layers.linear import fp8_linear
 
         copy, main_grad = self._step(weight)
         return fp8_linear(
@@ -68,13 +68,13 @@ class Precision:
         """x as several products may read it: under `fp8` quantised once, else as it is."""
         if not self.fp8:
             return x
-        from kernels.activation import fp8_activation
+        from kernels.layers.activation import fp8_activation
 
         return fp8_activation(x, power_of_two=power_of_two or self.power_of_two)
 
     def fp8_mlp(self, x: Tensor | FP8Activation, gate_up: Tensor, down: Tensor) -> Tensor:
         """A SwiGLU network [..., D] -> [..., D] under `fp8`: gate_up [2F, D], down [D, F]."""
-        from kernels.mlp import fp8_mlp
+        from kernels.layers.mlp import fp8_mlp
 
         return fp8_mlp(x, gate_up, down, power_of_two=self.power_of_two, **self._steps(gate_up, down))
 
@@ -86,11 +86,11 @@ class Precision:
         offsets: Tensor,
         weights: Tensor | None,
     ) -> Tensor:
-        """The networks of all experts on rows sorted by expert, under `fp8`: see `kernels.mlp`.
+        """The networks of all experts on rows sorted by expert, under `fp8`: see `kernels.layers.mlp`.
 
         What is sent to experts and back has power-of-two scales (§3.3.3).
         """
-        from kernels.mlp import fp8_experts
+        from kernels.layers.mlp import fp8_experts
 
         scales = {"power_of_two": True, "weight_power_of_two": self.power_of_two}
         return fp8_experts(x, gate_up, down, offsets, weights, **scales, **self._steps(gate_up, down))
@@ -143,7 +143,7 @@ def steady_weights(policies: Iterable[Precision]) -> Iterator[None]:
     if not policies:
         yield
         return
-    from kernels.weight import FP8Weights
+    from kernels.layers.weight import FP8Weights
 
     outer = [policy.copies for policy in policies]
     with FP8Weights(power_of_two=policies[0].power_of_two) as copies:

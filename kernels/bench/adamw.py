@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from kernels import adamw, grad_norm
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape
 from kernels.metrics import MAX_ROUNDING_BF16, relative_error
-from kernels.tensor_table import TensorTable
+from kernels.optim import adamw, grad_norm
+from kernels.optim.tensor_table import TensorTable
 
 LR, BETAS, EPS, DECAY, STEP = 1e-2, (0.9, 0.95), 1e-8, 0.1, 3
 CHECKED = ((1, 1), (129, 7), (40000, 3), (10, 20))  # elements, tensors (of which some may be empty)

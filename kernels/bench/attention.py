@@ -9,11 +9,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from kernels import mla_attention
+from kernels.attention import mla_attention
+from kernels.attention.mla_tiles import document_starts
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape, Sizes
 from kernels.bench.shapes import HEADS, LENGTH, QK_WIDTH, ROTARY, V_WIDTH
 from kernels.metrics import relative_error
-from kernels.mla_tiles import document_starts
 
 # Batch, positions, heads, and the widths of content, of the rotary part and of a value.
 CHECKED = ((1, 2, 1, 16, 8, 16), (2, 7, 3, 16, 16, 32), (1, 129, 2, 10, 8, 14), (1, 300, 1, 128, 64, 128))

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from kernels import mla_decode
+from kernels.attention import mla_decode
 from kernels.bench.attention import MAX_ERROR
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape, Sizes
 from kernels.bench.shapes import HEADS, LATENT, LENGTH, QK_WIDTH, ROTARY

@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 
-from kernels import e5m6
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape
 from kernels.bench.oracle import block_amax, nearest, power_above, spread
 from kernels.bench.shapes import DENSE, TOKENS
-from kernels.e5m6 import E5M6, dequantize_e5m6_reference, quantize_e5m6, quantize_e5m6_reference
-from kernels.quantize import TILES
+from kernels.formats import e5m6
+from kernels.formats.e5m6 import E5M6, dequantize_e5m6_reference, quantize_e5m6, quantize_e5m6_reference
+from kernels.formats.quantize import TILES
 
 CHECKED = ((1, 1), (7, 129), (129, 258), (65, 511), (0, 128))
 TIMED = [Shape("o_proj's input", (m, DENSE["o_proj"][1])) for m in TOKENS]

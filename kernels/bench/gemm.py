@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from kernels import gemm
 from kernels.bench import shapes
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape, Sizes
 from kernels.bench.oracle import values_of
-from kernels.gemm_tiles import Config
+from kernels.formats.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
+from kernels.gemms import gemm
+from kernels.gemms.gemm_tiles import Config
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
-from kernels.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
 
 CHECKED = ((1, 384, 256), (7, 129, 200), (129, 257, 385), (256, 512, 1024), (0, 128, 128))
 SMALL = (512, 512, 512)

@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from kernels import grouped_gemm
 from kernels.bench import shapes
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape, Sizes
 from kernels.bench.gemm import launch
 from kernels.bench.oracle import values_of
-from kernels.gemm_tiles import TILE_CONFIGS
-from kernels.grouped_quantize import (
+from kernels.formats.grouped_quantize import (
     QuantizedExperts,
     group_starts,
     quantize_experts,
     quantize_tokens,
     token_groups,
 )
+from kernels.formats.quantize import Quantized, dequantize, quantize_tiles
+from kernels.gemms import grouped_gemm
+from kernels.gemms.gemm_tiles import TILE_CONFIGS
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
-from kernels.quantize import Quantized, dequantize, quantize_tiles
 
 # Tokens, N, K, experts. With 7 tokens some of the 8 experts have none.
 CHECKED = ((1, 128, 256, 4), (7, 129, 200, 8), (129, 257, 128, 3), (600, 256, 384, 4), (0, 128, 128, 2))

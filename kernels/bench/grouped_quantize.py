@@ -8,14 +8,14 @@ from functools import partial
 
 import torch
 
-from kernels import grouped_quantize
 from kernels.bench import quantize, transpose
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape
 from kernels.bench.oracle import values_of, wrong
 from kernels.bench.quantize import SLACK
 from kernels.bench.shapes import EXPERT_WIDTH, EXPERTS, HIDDEN, ROUTED, TOKENS, uneven
-from kernels.grouped_quantize import QuantizedExperts, token_groups
-from kernels.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_tiles
+from kernels.formats import grouped_quantize
+from kernels.formats.grouped_quantize import QuantizedExperts, token_groups
+from kernels.formats.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_tiles
 
 CHECKED = ((1, 128, 4), (7, 129, 8), (129, 200, 3), (600, 256, 4), (0, 128, 2))  # tokens, channels, experts
 WEIGHTS_CHECKED = ((1, 128, 128), (3, 129, 200), (2, 7, 385))  # experts, N, K

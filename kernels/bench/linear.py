@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from kernels import grouped_linear, linear
 from kernels.bench import shapes
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape
 from kernels.bench.oracle import values_of
+from kernels.formats.quantize import dequantize, quantize_blocks, quantize_tiles
+from kernels.layers import grouped_linear, linear
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
-from kernels.quantize import dequantize, quantize_blocks, quantize_tiles
 
 CHECKED = ((1, 129, 200), (7, 128, 256), (129, 257, 385))  # tokens, out, in
 GROUPED_CHECKED = ((7, 129, 200, 8), (300, 128, 256, 3))  # and experts

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch.nn.functional import silu
 
-from kernels import mlp
 from kernels.bench import shapes
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape
+from kernels.layers import mlp
 from kernels.metrics import relative_error
 
 CHECKED = ((7, 128, 200), (129, 256, 128))  # tokens, hidden, width

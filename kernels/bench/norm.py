@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch.nn.functional import rms_norm
 
-from kernels import norm
 from kernels.bench import quantize
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape
 from kernels.bench.oracle import off, wrong
 from kernels.bench.shapes import DENSE, HIDDEN, TOKENS
+from kernels.formats.quantize import TILES, Quantized
+from kernels.fused import norm
 from kernels.metrics import MAX_ROUNDING_BF16, relative_error
-from kernels.quantize import TILES, Quantized
 
 EPS = 1e-6
 CHECKED = ((1, 128), (7, 129), (129, 576), (300, 1100))  # rows, columns

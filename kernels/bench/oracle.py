@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.quantize import Quantized
+from kernels.formats.quantize import Quantized
 
 
 def two_to(exponent: torch.Tensor) -> torch.Tensor:

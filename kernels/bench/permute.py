@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 
-from kernels import permute
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape
 from kernels.bench.oracle import off
 from kernels.bench.shapes import EXPERTS_PER_TOKEN, HIDDEN, ROUTED_EXPERTS, TOKENS
+from kernels.fused import permute
+from kernels.fused.permute import Plan
 from kernels.metrics import MAX_ROUNDING_BF16, relative_error
-from kernels.permute import Plan
 
 CHECKED = ((1, 64, 1), (7, 129, 8), (129, 200, 3), (33, 1100, 8))  # tokens, hidden, slots
 TIMED = [Shape("", (m, HIDDEN, EXPERTS_PER_TOKEN)) for m in TOKENS]

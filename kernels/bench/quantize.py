@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
-from kernels import quantize
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape
 from kernels.bench.oracle import wrong
 from kernels.bench.shapes import DENSE, DENSE_WIDTH, HIDDEN, TOKENS
-from kernels.quantize import BLOCKS, TILES, Quantized
+from kernels.formats import quantize
+from kernels.formats.quantize import BLOCKS, TILES, Quantized
 
 # The scale, its inverse and the product with it round once each.
 SLACK = 2.0**-22

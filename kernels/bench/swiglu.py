@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch.nn.functional import silu
 
-from kernels import swiglu
 from kernels.bench import quantize
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape
 from kernels.bench.oracle import values_of, wrong
 from kernels.bench.shapes import DENSE_WIDTH, EXPERT_WIDTH, EXPERTS, TOKENS
+from kernels.formats.quantize import TILES, Quantized, dequantize, quantize_tiles
+from kernels.fused import swiglu
 from kernels.metrics import MAX_ROUNDING_BF16, relative_error
-from kernels.quantize import TILES, Quantized, dequantize, quantize_tiles
 
 CHECKED = ((1, 128), (7, 129), (129, 200), (33, 1100))  # rows, F
 SLACK = 2.0**-19  # the exponential is right to 2**-23, and some five roundings follow

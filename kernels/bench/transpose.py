@@ -7,14 +7,14 @@ from functools import partial
 
 import torch
 
-from kernels import transpose
 from kernels.bench import e5m6, quantize
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape
 from kernels.bench.oracle import spread, values_of, wrong
 from kernels.bench.quantize import ACTIVATIONS, CHECKED, SLACK, WEIGHTS
 from kernels.bench.shapes import DENSE, HIDDEN, TOKENS
-from kernels.e5m6 import E5M6, quantize_e5m6
-from kernels.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_tiles
+from kernels.formats import transpose
+from kernels.formats.e5m6 import E5M6, quantize_e5m6
+from kernels.formats.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_tiles
 
 CACHED = [Shape("", (m, HIDDEN)) for m in TOKENS]
 ATTENTION = [Shape("o_proj's input", (m, DENSE["o_proj"][1])) for m in TOKENS]

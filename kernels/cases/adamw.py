@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels import adamw, grad_norm
 from kernels.cases.case import Case
+from kernels.optim import adamw, grad_norm
 
 TABLE = {"rows": "*i64", "owners": "*i32"}
 

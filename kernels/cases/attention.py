@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels import mla_attention, mla_attention_backward, mla_decode
+from kernels.attention import mla_attention, mla_attention_backward, mla_decode
+from kernels.attention.mla_tiles import padded_width, width_constants
 from kernels.cases.case import Case
-from kernels.mla_tiles import padded_width, width_constants
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PUBLISHED, ODD = (128, 64, 128), (10, 8, 14)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels import cross_entropy
 from kernels.cases.case import Case
+from kernels.fused import cross_entropy
 
 
 def cases() -> Iterator[Case]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels import e5m6
 from kernels.cases.case import Case
+from kernels.formats import e5m6
 
 
 def cases() -> Iterator[Case]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kernels import gemm, gemm_tiles, quantize
 from kernels.cases.case import Case
+from kernels.formats import quantize
+from kernels.gemms import gemm, gemm_tiles
 
 HOPPER = 227 * 1024  # bytes of shared memory that a program may use
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels import gemm_tiles, grouped_gemm, square
 from kernels.cases.case import Case
 from kernels.cases.gemm import options, piece_types, products, tile_constants
+from kernels.formats import square
+from kernels.gemms import gemm_tiles, grouped_gemm
 
 
 def cases() -> Iterator[Case]:

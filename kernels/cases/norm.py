@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels import norm
 from kernels.cases.case import Case
+from kernels.fused import norm
 
 
 def cases() -> Iterator[Case]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels import permute
 from kernels.cases.case import Case
+from kernels.fused import permute
 
 
 def cases() -> Iterator[Case]:

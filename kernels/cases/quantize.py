@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels import quantize
 from kernels.cases.case import Case
+from kernels.formats import quantize
 
 
 def cases() -> Iterator[Case]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kernels import swiglu
 from kernels.cases.case import Case
+from kernels.fused import swiglu
 
 
 def cases() -> Iterator[Case]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels import square
 from kernels.cases.case import Case
+from kernels.formats import square
 
 EVEN = ("rows", "cols", "width")
 # What is read, what is written, and whether there is one scale for a square.

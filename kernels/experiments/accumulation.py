@@ -1,9 +1,9 @@
 """How long sums on Hopper's FP8 tensor core lose precision, and what promotion to FP32 saves (DeepSeek-V3
 report, section 3.3.2 and figure 7b; ISCA 2025 paper, section 3.1.1).
 
-The tensor core is that of `kernels.tensor_core`. Errors are against float64 sums of the same E4M3 codes, so
-they are those of the sums alone. The report's "nearly 2%" for K = 4096 names neither data nor measure, and
-the register's part in the alignment is not published, so figures are given for two of each:
+The tensor core is that of `kernels.gemms.tensor_core`. Errors are against float64 sums of the same E4M3
+codes, so they are those of the sums alone. The report's "nearly 2%" for K = 4096 names neither data nor
+measure, and the register's part in the alignment is not published, so figures are given for two of each:
 
     positive   uniform in [0, 1): all outputs are alike, and the error is the largest relative one
     normal     standard normal: outputs near zero have no meaningful relative error, and the error is the
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from kernels.figures import Row, at_most
+from kernels.formats.quantize import E4M3_MAX
+from kernels.gemms.tensor_core import HOPPER, TensorCore, promoted_sum
 from kernels.metrics import MAX_ERROR_FP32, relative_error
-from kernels.quantize import E4M3_MAX
-from kernels.tensor_core import HOPPER, TensorCore, promoted_sum
 
 SIZE = 64
 """Rows and columns of the output: 4096 sums."""

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from kernels.figures import Row
+from kernels.formats.quantize import E4M3_MAX, TILE, dequantize, quantize_blocks
 from kernels.metrics import relative_error
-from kernels.quantize import E4M3_MAX, TILE, dequantize, quantize_blocks
 
 TOKENS, CHANNELS, OUTPUTS = 256, 2048, 256
 OUTLIERS = ((17, 100), (80, 700), (150, 1300), (222, 1900))

@@ -1,9 +1,9 @@
 """Absorbed attention over the paged cache.
 
-What is read is planned once a step and used by every layer. Rows of similar length are read together, from
-a gathered copy; a long row whose pages lie in a few pieces is read where it lies, so that at long context a
-step costs the reading of its cache and no copy of it. On a Hopper GPU `kernels.mla_decode` reads all rows
-through their page tables, and there is nothing to plan.
+What is read is planned once a step and used by every layer. Rows of similar length are read together, from a
+gathered copy; a long row whose pages lie in a few pieces is read where it lies, so that at long context a
+step costs the reading of its cache and no copy of it. On a Hopper GPU `kernels.attention.mla_decode` reads
+all rows through their page tables, and there is nothing to plan.
 Legend: B rows, T new tokens a row, H heads, W latent width (C + R), C key-value rank, L cached positions.
 """
 
@@ -145,7 +145,7 @@ def read(query_BTHW: Tensor, latents: Tensor, rank: int, plan: Plan | Paged) -> 
 
 
 def _read_paged(query_BTHW: Tensor, latents: Tensor, rank: int, paged: Paged) -> Tensor:
-    from kernels.mla_decode import mla_decode
+    from kernels.attention.mla_decode import mla_decode
 
     query_SHW = query_BTHW.flatten(0, 1)
     tables = (paged.table_SP, paged.seen_S)

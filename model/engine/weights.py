@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.gemm import gemm
-from kernels.quantize import quantize_blocks, quantize_tiles
+from kernels.formats.quantize import quantize_blocks, quantize_tiles
+from kernels.gemms.gemm import gemm
 from model.block import Block
 from model.ffn import SwiGLU
 from model.gate import Gate

@@ -1,8 +1,8 @@
 """AdamW with FP32 parameters and moments in BF16 (report §3.3.2): half the optimizer's memory.
 
-`kernels.adamw` defines the step: on a GPU it is one launch for all parameters of a group. The second moment's
-update is 5% of its value a step at the report's beta2 = 0.95, far above BF16's rounding of 0.4%; with a beta2
-near 1 it would be lost, so that is refused.
+`kernels.optim.adamw` defines the step: on a GPU it is one launch for all parameters of a group. The second
+moment's update is 5% of its value a step at the report's beta2 = 0.95, far above BF16's rounding of 0.4%;
+with a beta2 near 1 it would be lost, so that is refused.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.adamw import adamw_step
-from kernels.tensor_table import TensorTable
+from kernels.optim.adamw import adamw_step
+from kernels.optim.tensor_table import TensorTable
 
 
 class BF16MomentAdamW(torch.optim.Optimizer):

@@ -9,15 +9,21 @@ import itertools
 import numpy as np
 import torch
 
-from kernels.cross_entropy import IGNORED, softmax_reference, softmax_triton
-from kernels.e5m6 import (
+from kernels.formats.e5m6 import (
     dequantize_e5m6_reference,
     dequantize_e5m6_triton,
     quantize_e5m6_reference,
     quantize_e5m6_triton,
 )
-from kernels.metrics import relative_error
-from kernels.permute import (
+from kernels.formats.quantize import (
+    BLOCKS,
+    TILES,
+    quantize_blocks_triton,
+    quantize_reference,
+    quantize_tiles_triton,
+)
+from kernels.fused.cross_entropy import IGNORED, softmax_reference, softmax_triton
+from kernels.fused.permute import (
     combine_reference,
     combine_triton,
     gather_reference,
@@ -26,13 +32,7 @@ from kernels.permute import (
     weight_gradient_reference,
     weight_gradient_triton,
 )
-from kernels.quantize import (
-    BLOCKS,
-    TILES,
-    quantize_blocks_triton,
-    quantize_reference,
-    quantize_tiles_triton,
-)
+from kernels.metrics import relative_error
 from tests.kernels.guard import guarded
 
 SHAPES = ((1, 1), (7, 129), (33, 128), (129, 257))

@@ -12,8 +12,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from kernels import adamw, grad_norm
-from kernels.tensor_table import TensorTable
+from kernels.optim import adamw, grad_norm
+from kernels.optim.tensor_table import TensorTable
 
 SHAPES = [(1,), (), (0,), (3, 341), (1024,), (0, 4), (1025,), (2, 1024), (700, 5)]
 BAD = (torch.nan, -torch.nan, torch.inf, -torch.inf, 1e25, -1e25, 1e-25, 2.0**-140)

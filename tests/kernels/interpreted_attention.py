@@ -12,9 +12,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from kernels import mla_attention as forward
-from kernels import mla_attention_backward as backward
-from kernels.mla_tiles import document_starts
+from kernels.attention import mla_attention as forward
+from kernels.attention import mla_attention_backward as backward
+from kernels.attention.mla_tiles import document_starts
 
 ODD, EVEN = (10, 8, 14), (16, 16, 32)
 CONFIGS = (forward.CONFIGS, backward.DQ_CONFIGS, backward.DKV_CONFIGS)

@@ -12,7 +12,7 @@ import torch
 from interpreted_attention import poisoned_new_empty
 from paged import paged_cache
 
-from kernels import mla_decode
+from kernels.attention import mla_decode
 from kernels.metrics import relative_error
 
 LENGTHS = [1, 15, 16, 17, 0, 63, 64, 65, 200]

@@ -11,11 +11,11 @@ from unittest import mock
 
 import torch
 
-from kernels import gemm, grouped_gemm
-from kernels.gemm_tiles import TILE_CONFIGS
-from kernels.grouped_quantize import QuantizedExperts, token_groups
+from kernels.formats.grouped_quantize import QuantizedExperts, token_groups
+from kernels.formats.quantize import BLOCKS, TILES, Quantized, quantize_reference
+from kernels.gemms import gemm, grouped_gemm
+from kernels.gemms.gemm_tiles import TILE_CONFIGS
 from kernels.metrics import relative_error
-from kernels.quantize import BLOCKS, TILES, Quantized, quantize_reference
 from tests.kernels.guard import guarded
 
 # M, N, K. 1100 rows are more than one band of output tiles; 385 columns are tiles of both kinds, the wide

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from kernels import norm, swiglu
+from kernels.formats.quantize import TILES, Quantized, quantize_reference
+from kernels.fused import norm, swiglu
 from kernels.metrics import relative_error
-from kernels.quantize import TILES, Quantized, quantize_reference
 from tests.kernels.guard import guarded
 
 WIDTHS = (1, 128, 200, 2100)
@@ -23,7 +23,7 @@ BAD = (torch.nan, -torch.nan, torch.inf, -torch.inf)
 
 
 def fma(builder: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-    """One rounding, as the hardware does it, wherever FP64 holds the sum (see `kernels.exact`)."""
+    """One rounding, as the hardware does it, wherever FP64 holds the sum (see `kernels.formats.exact`)."""
     total = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
     return TensorHandle(total.astype(np.float32), z.dtype.scalar)
 

@@ -9,9 +9,9 @@ from unittest import mock
 
 import torch
 
-from kernels import grouped_quantize, transpose
-from kernels.e5m6 import quantize_e5m6_reference
-from kernels.quantize import BLOCKS, TILES, Quantized, quantize_blocks_triton, quantize_reference
+from kernels.formats import grouped_quantize, transpose
+from kernels.formats.e5m6 import quantize_e5m6_reference
+from kernels.formats.quantize import BLOCKS, TILES, Quantized, quantize_blocks_triton, quantize_reference
 from tests.kernels.exact_casts import exact_casts
 
 SHAPES = ((1, 1), (7, 129), (129, 144), (200, 48), (0, 5), (5, 0))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import adamw, tensor_table
-from kernels.adamw import adamw_step
-from kernels.tensor_table import TensorTable
+from kernels.optim import adamw, tensor_table
+from kernels.optim.adamw import adamw_step
+from kernels.optim.tensor_table import TensorTable
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
 SHAPES = [(40, 30), (7,), (), (0, 3), (1, 1), (300, 129), (50_000,), (1025,)]

@@ -13,7 +13,7 @@ import sys
 sys.modules["triton"] = None  # importing it now raises ImportError
 import torch
 from kernels import check
-from kernels.linear import fp8_linear
+from kernels.layers.linear import fp8_linear
 x = torch.randn(5, 130, requires_grad=True)
 fp8_linear(x, torch.randn(3, 130)).sum().backward()
 assert x.grad.isfinite().all()

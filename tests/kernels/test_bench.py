@@ -9,11 +9,14 @@ import pytest
 import torch
 
 import kernels
-from kernels import figures, gemm, quantize, swiglu
+from kernels import figures
 from kernels.bench import FAMILIES, entries, errors, sweep, times
 from kernels.bench.__main__ import main
 from kernels.bench.clock import Ceilings, cpu_clock, in_turns
 from kernels.bench.entry import Draw, Entry, Peer, Shape, each_tensor, tensors
+from kernels.formats import quantize
+from kernels.fused import swiglu
+from kernels.gemms import gemm
 from kernels.metrics import relative_error
 
 FIELDS = {"name", "unit", "ours", "peer", "peer_name", "ratio", "goal", "published", "holds"}
@@ -29,7 +32,7 @@ def launchers() -> set[str]:
     """The functions of this folder that launch a kernel: those called ..._triton."""
     return {
         node.name
-        for path in ROOT.glob("*.py")
+        for path in ROOT.rglob("*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_triton")
         if node.name != "runs_triton"  # that asks where something runs
@@ -49,6 +52,7 @@ def test_every_family_is_registered() -> None:
         "clock",
         "entry",
         "errors",
+        "floors",
         "oracle",
         "shapes",
         "sweep",

@@ -22,7 +22,7 @@ from kernels.bench import (
     swiglu,
     transpose,
 )
-from kernels.quantize import BLOCKS, TILES
+from kernels.formats.quantize import BLOCKS, TILES
 from model.config import ModelConfig
 
 

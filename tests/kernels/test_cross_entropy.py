@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import cross_entropy
-from kernels.cross_entropy import IGNORED, linear_cross_entropy, softmax_reference
+from kernels.fused import cross_entropy
+from kernels.fused.cross_entropy import IGNORED, linear_cross_entropy, softmax_reference
 from kernels.metrics import relative_error
 from model.loss import cross_entropy_sum
 

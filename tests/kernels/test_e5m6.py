@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.e5m6 import E5M6, dequantize_e5m6, pack, quantize_e5m6, unpack
+from kernels.formats.e5m6 import E5M6, dequantize_e5m6, pack, quantize_e5m6, unpack
 from kernels.metrics import relative_error
 
 

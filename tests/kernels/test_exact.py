@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.exact import square_root_
+from kernels.formats.exact import square_root_
 
 
 def test_square_roots_are_correctly_rounded() -> None:

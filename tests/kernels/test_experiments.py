@@ -10,7 +10,7 @@ import torch
 
 from kernels.experiments import __main__ as command
 from kernels.experiments import accumulation, outliers
-from kernels.quantize import dequantize, quantize_tiles
+from kernels.formats.quantize import dequantize, quantize_tiles
 
 
 def test_a_scale_a_tile_is_the_recipe() -> None:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import gemm_tiles
-from kernels.gemm import configs_for, gemm, gemm_add
-from kernels.gemm_tiles import BLOCK_CONFIGS, LARGE, MEDIUM, SMALL, TILE_CONFIGS, choose
+from kernels.formats.quantize import BLOCKS, TILES, Quantized, quantize_blocks, quantize_tiles
+from kernels.gemms import gemm_tiles
+from kernels.gemms.gemm import configs_for, gemm, gemm_add
+from kernels.gemms.gemm_tiles import BLOCK_CONFIGS, LARGE, MEDIUM, SMALL, TILE_CONFIGS, choose
 from kernels.metrics import MAX_ERROR_BF16, relative_error
-from kernels.quantize import BLOCKS, TILES, Quantized, quantize_blocks, quantize_tiles
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
 QUANTIZERS = {TILES: quantize_tiles, BLOCKS: quantize_blocks}

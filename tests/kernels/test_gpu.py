@@ -5,16 +5,16 @@ import itertools
 import pytest
 import torch
 
-from kernels.cross_entropy import IGNORED, linear_cross_entropy
-from kernels.e5m6 import dequantize_e5m6, quantize_e5m6
-from kernels.gemm import gemm
-from kernels.grouped_linear import fp8_grouped_linear
-from kernels.linear import fp8_linear
+from kernels.formats.e5m6 import dequantize_e5m6, quantize_e5m6
+from kernels.formats.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
+from kernels.fused.cross_entropy import IGNORED, linear_cross_entropy
+from kernels.fused.norm import rmsnorm_backward, rmsnorm_quantize
+from kernels.fused.permute import permute, unpermute
+from kernels.fused.swiglu import swiglu_backward, swiglu_quantize
+from kernels.gemms.gemm import gemm
+from kernels.layers.grouped_linear import fp8_grouped_linear
+from kernels.layers.linear import fp8_linear
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
-from kernels.norm import rmsnorm_backward, rmsnorm_quantize
-from kernels.permute import permute, unpermute
-from kernels.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
-from kernels.swiglu import swiglu_backward, swiglu_quantize
 
 
 def _why_not() -> str:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.adamw import adamw_step
-from kernels.grad_norm import clip_scale, grad_norm
-from kernels.tensor_table import TensorTable
+from kernels.optim.adamw import adamw_step
+from kernels.optim.grad_norm import clip_scale, grad_norm
+from kernels.optim.tensor_table import TensorTable
 
 pytestmark = [
     pytest.mark.gpu,

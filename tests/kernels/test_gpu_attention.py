@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from kernels import mla_decode as decoding
+from kernels.attention import mla_decode as decoding
+from kernels.attention.mla_attention import attention_reference, mla_attention
+from kernels.attention.mla_attention_backward import gradients_reference
+from kernels.attention.mla_decode import decode_reference, mla_decode
+from kernels.attention.mla_tiles import document_starts
 from kernels.metrics import relative_error
-from kernels.mla_attention import attention_reference, mla_attention
-from kernels.mla_attention_backward import gradients_reference
-from kernels.mla_decode import decode_reference, mla_decode
-from kernels.mla_tiles import document_starts
 from tests.kernels.paged import paged_cache
 
 

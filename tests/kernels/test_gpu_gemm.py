@@ -5,18 +5,18 @@ import itertools
 import pytest
 import torch
 
-from kernels.gemm import configs_for, gemm, gemm_add, gemm_add_triton, gemm_triton
-from kernels.gemm_tiles import TILE_CONFIGS, Config, fitting
-from kernels.grouped_gemm import (
+from kernels.formats.grouped_quantize import QuantizedExperts, group_starts, quantize_experts, quantize_tokens
+from kernels.formats.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
+from kernels.gemms.gemm import configs_for, gemm, gemm_add, gemm_add_triton, gemm_triton
+from kernels.gemms.gemm_tiles import TILE_CONFIGS, Config, fitting
+from kernels.gemms.grouped_gemm import (
     CONFIGS,
     grouped_gemm,
     grouped_gemm_k,
     grouped_gemm_k_triton,
     grouped_gemm_triton,
 )
-from kernels.grouped_quantize import QuantizedExperts, group_starts, quantize_experts, quantize_tokens
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
-from kernels.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
 
 
 def _why_not() -> str:

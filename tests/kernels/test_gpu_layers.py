@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from kernels.activation import fp8_activation, permute_fp8
-from kernels.linear import fp8_linear
+from kernels.fused.permute import plan_rows, unpermute
+from kernels.layers.activation import fp8_activation, permute_fp8
+from kernels.layers.linear import fp8_linear
+from kernels.layers.mlp import fp8_experts, fp8_mlp
+from kernels.layers.weight import FP8Weights
+from kernels.layers.wgrad import WgradQueue
 from kernels.metrics import relative_error
-from kernels.mlp import fp8_experts, fp8_mlp
-from kernels.permute import plan_rows, unpermute
-from kernels.weight import FP8Weights
-from kernels.wgrad import WgradQueue
 
 
 def _why_not() -> str:

@@ -5,16 +5,16 @@ import itertools
 import pytest
 import torch
 
-from kernels.e5m6 import quantize_e5m6
-from kernels.grouped_quantize import (
+from kernels.formats.e5m6 import quantize_e5m6
+from kernels.formats.grouped_quantize import (
     quantize_experts,
     quantize_experts_both,
     quantize_tokens,
     quantize_tokens_both,
     requantize_tokens,
 )
-from kernels.quantize import Quantized, quantize_tiles
-from kernels.transpose import quantize_blocks_both, quantize_both, requantize_transpose
+from kernels.formats.quantize import Quantized, quantize_tiles
+from kernels.formats.transpose import quantize_blocks_both, quantize_both, requantize_transpose
 
 
 def _why_not() -> str:

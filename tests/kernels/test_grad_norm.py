@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels import grad_norm as module
-from kernels.exact import row_sums
-from kernels.grad_norm import clip_scale, grad_norm
+from kernels.formats.exact import row_sums
+from kernels.optim import grad_norm as module
+from kernels.optim.grad_norm import clip_scale, grad_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.gemm import gemm
-from kernels.gemm_tiles import SMALL
-from kernels.grouped_gemm import CONFIGS, config_for, grouped_gemm, grouped_gemm_k
-from kernels.grouped_quantize import QuantizedExperts, quantize_experts, quantize_tokens, token_groups
+from kernels.formats.grouped_quantize import QuantizedExperts, quantize_experts, quantize_tokens, token_groups
+from kernels.formats.quantize import TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
+from kernels.gemms.gemm import gemm
+from kernels.gemms.gemm_tiles import SMALL
+from kernels.gemms.grouped_gemm import CONFIGS, config_for, grouped_gemm, grouped_gemm_k
 from kernels.metrics import MAX_ERROR_BF16, relative_error
-from kernels.quantize import TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
 # Tokens of each expert.

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from kernels.grouped_linear import fp8_grouped_linear
-from kernels.linear import fp8_linear
+from kernels.formats.quantize import dequantize, quantize_blocks, quantize_tiles
+from kernels.layers.grouped_linear import fp8_grouped_linear
+from kernels.layers.linear import fp8_linear
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
-from kernels.quantize import dequantize, quantize_blocks, quantize_tiles
 
 SIZES = [0, 1, 7, 129, 0, 128, 3, 0]
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from kernels.activation import FP8Activation, fp8_activation, permute_fp8
-from kernels.e5m6 import dequantize_e5m6, quantize_e5m6
-from kernels.grouped_linear import fp8_grouped_linear
-from kernels.linear import fp8_linear
+from kernels.formats.e5m6 import dequantize_e5m6, quantize_e5m6
+from kernels.formats.quantize import dequantize, quantize_blocks, quantize_tiles
+from kernels.fused.permute import plan_rows
+from kernels.layers.activation import FP8Activation, fp8_activation, permute_fp8
+from kernels.layers.grouped_linear import fp8_grouped_linear
+from kernels.layers.linear import fp8_linear
+from kernels.layers.mlp import fp8_experts, fp8_mlp
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
-from kernels.mlp import fp8_experts, fp8_mlp
-from kernels.permute import plan_rows
-from kernels.quantize import dequantize, quantize_blocks, quantize_tiles
 
 
 def make(tokens: int, n_in: int, n_out: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:

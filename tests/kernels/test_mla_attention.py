@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels import mla_tiles
+from kernels.attention import mla_tiles
+from kernels.attention.mla_attention import attention_reference, attention_triton, mla_attention
+from kernels.attention.mla_tiles import document_ends, document_starts
 from kernels.metrics import relative_error
-from kernels.mla_attention import attention_reference, attention_triton, mla_attention
-from kernels.mla_tiles import document_ends, document_starts
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
 SCALE = 0.3

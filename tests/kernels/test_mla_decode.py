@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kernels.attention.mla_decode import decode_triton, mla_decode
 from kernels.metrics import relative_error
-from kernels.mla_decode import decode_triton, mla_decode
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 from tests.kernels.paged import paged_cache
 

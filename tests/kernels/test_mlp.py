@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from kernels.activation import fp8_activation, permute_fp8
-from kernels.linear import fp8_linear
+from kernels.formats.quantize import dequantize, quantize_tiles
+from kernels.fused.permute import permute, unpermute
+from kernels.layers.activation import fp8_activation, permute_fp8
+from kernels.layers.linear import fp8_linear
+from kernels.layers.mlp import fp8_experts, fp8_mlp
+from kernels.layers.weight import FP8Weights
 from kernels.metrics import relative_error
-from kernels.mlp import fp8_experts, fp8_mlp
-from kernels.permute import permute, unpermute
-from kernels.quantize import dequantize, quantize_tiles
-from kernels.weight import FP8Weights
 
 SIZES = [0, 1, 70, 0, 129, 3]
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.formats.quantize import TILES, dequantize, quantize_tiles
+from kernels.fused.norm import rmsnorm_backward, rmsnorm_quantize
 from kernels.metrics import MAX_ERROR_BF16, relative_error
-from kernels.norm import rmsnorm_backward, rmsnorm_quantize
-from kernels.quantize import TILES, dequantize, quantize_tiles
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
 EPS = 1e-6

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from kernels.formats.quantize import dequantize, quantize_blocks, quantize_tiles
+from kernels.fused.permute import permute, plan_rows, unpermute
 from kernels.metrics import relative_error
-from kernels.permute import permute, plan_rows, unpermute
-from kernels.quantize import dequantize, quantize_blocks, quantize_tiles
 
 
 def routed(tokens: int, slots: int, count: int, seed: int = 0) -> torch.Tensor:

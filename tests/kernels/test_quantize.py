@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.formats.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
 from kernels.metrics import relative_error
-from kernels.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
 from tests.kernels.oracle import code_values, oracle
 
 QUANTIZERS = {TILES: quantize_tiles, BLOCKS: quantize_blocks}

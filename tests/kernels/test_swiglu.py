@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from kernels.exact import POLYNOMIAL, _fma, row_sums, sigmoids
+from kernels.formats.exact import POLYNOMIAL, _fma, row_sums, sigmoids
+from kernels.formats.quantize import TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
+from kernels.fused.swiglu import swiglu_backward, swiglu_quantize
 from kernels.metrics import MAX_ERROR_BF16, relative_error
-from kernels.quantize import TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
-from kernels.swiglu import swiglu_backward, swiglu_quantize
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 
 WIDTHS = [1, 127, 128, 200, 1100]

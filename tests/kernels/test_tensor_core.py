@@ -7,10 +7,10 @@ from fractions import Fraction
 import pytest
 import torch
 
-from kernels.gemm import gemm_reference
+from kernels.formats.quantize import quantize_blocks, quantize_tiles
+from kernels.gemms.gemm import gemm_reference
+from kernels.gemms.tensor_core import HOPPER, TensorCore, promoted_sum, tensor_core_gemm, tensor_core_sum
 from kernels.metrics import relative_error
-from kernels.quantize import quantize_blocks, quantize_tiles
-from kernels.tensor_core import HOPPER, TensorCore, promoted_sum, tensor_core_gemm, tensor_core_sum
 
 JOINED = replace(HOPPER, joins=True)
 Product = tuple[float, float]

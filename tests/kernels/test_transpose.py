@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.e5m6 import quantize_e5m6, unpack
-from kernels.grouped_quantize import (
+from kernels.formats.e5m6 import quantize_e5m6, unpack
+from kernels.formats.grouped_quantize import (
     quantize_experts,
     quantize_experts_both,
     quantize_tokens,
@@ -15,9 +15,9 @@ from kernels.grouped_quantize import (
     requantize_tokens,
     token_groups,
 )
-from kernels.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
-from kernels.square import experts_range
-from kernels.transpose import quantize_blocks_both, quantize_both, requantize_transpose
+from kernels.formats.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
+from kernels.formats.square import experts_range
+from kernels.formats.transpose import quantize_blocks_both, quantize_both, requantize_transpose
 from tests.kernels.interpreter import needs_interpreter, run_interpreted
 from tests.kernels.oracle import oracle, spread
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.grouped_linear import fp8_grouped_linear
-from kernels.linear import fp8_linear
-from kernels.mlp import fp8_experts, fp8_mlp
-from kernels.weight import FP8Weights
-from kernels.wgrad import WgradQueue
+from kernels.layers.grouped_linear import fp8_grouped_linear
+from kernels.layers.linear import fp8_linear
+from kernels.layers.mlp import fp8_experts, fp8_mlp
+from kernels.layers.weight import FP8Weights
+from kernels.layers.wgrad import WgradQueue
 
 OFFSETS = torch.tensor([0, 0, 9, 140, 140])
 LAYERS = ("linear", "e5m6", "grouped", "mlp", "experts")

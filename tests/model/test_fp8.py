@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels.weight
-from kernels.linear import fp8_linear
+import kernels.layers.weight
+from kernels.layers.linear import fp8_linear
 from model.allocations import allocations
 from model.experts import RoutedExperts
 from model.lanes import Lanes
@@ -149,14 +149,14 @@ def test_copies_are_those_of_the_scope_and_of_no_other_model() -> None:
 
 def test_each_weight_is_quantised_once_a_step(monkeypatch) -> None:
     made: list[torch.Size] = []
-    original = kernels.weight.FP8Weight.__init__
+    original = kernels.layers.weight.FP8Weight.__init__
 
     def counted(self, weight, *arguments):
         made.append(weight.shape)
         original(self, weight, *arguments)
 
-    monkeypatch.setattr(kernels.weight.FP8Weight, "__init__", counted)
-    monkeypatch.setattr("kernels.operand.quantize_weight", None)  # nothing else quantises a weight
+    monkeypatch.setattr(kernels.layers.weight.FP8Weight, "__init__", counted)
+    monkeypatch.setattr("kernels.layers.operand.quantize_weight", None)  # nothing else quantises a weight
     model = tiny(precision="fp8")
     with Lanes(model, 2) as lanes:
         for steps in (1, 2):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import mla_attention, mla_decode
+from kernels.attention import mla_attention, mla_decode
 from model import attention, mla
 from model.allocations import allocations
 from model.attention import boundaries, boundary_mask, shortened

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels.quantize
+import kernels.formats.quantize
 from infra.errors import HeadwaterError
 from model.precision import Precision
 from model.precision_study import __main__ as command
@@ -181,14 +181,14 @@ def test_noise_is_as_large_as_a_rounding():
 
 def test_powers_of_two_reach_every_layer(monkeypatch):
     scales = []
-    original = kernels.quantize._scales
+    original = kernels.formats.quantize._scales
 
     def spy(amax, power_of_two):
         found = original(amax, power_of_two)
         scales.append(found)
         return found
 
-    monkeypatch.setattr(kernels.quantize, "_scales", spy)
+    monkeypatch.setattr(kernels.formats.quantize, "_scales", spy)
     model = tiny(precision="fp8")
 
     def all_powers_of_two():

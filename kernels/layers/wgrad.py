@@ -18,8 +18,8 @@ from typing import TypeAlias
 
 import torch
 
-from kernels.products import Products
-from kernels.quantize import Quantized
+from kernels.formats.quantize import Quantized
+from kernels.layers.products import Products
 
 MainGrad: TypeAlias = torch.Tensor | Callable[[], torch.Tensor]
 """An FP32 buffer of its weight's shape, or a function that gives it whenever a gradient is to be added."""

@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.exact import STEP, kernel_lane_sum, row_sums, square_root_
-from kernels.quantize import (
+from kernels.formats.exact import STEP, kernel_lane_sum, row_sums, square_root_
+from kernels.formats.quantize import (
     TILE,
     TILES,
     Quantized,

@@ -6,12 +6,13 @@
 
 The activation waits for the backward pass in FP8. There it is dequantised, transposed and quantised again
 along the tokens (section 3.5.2); with power-of-two scales that second rounding only moves exponents, and
-loses only what falls below the new tile's range. The output of attention, for which E4M3 is too coarse twice,
-may wait in E5M6 instead (section 3.3.3). Gradients keep 1x128 tiles: in 128x128 blocks they made a 16B model
-diverge (appendix B.2).
+loses only what falls below the new tile's range. The output of attention may wait in E5M6 instead: in the
+report the backward pass of attention reads it too and is sensitive to precision (section 3.3.3). Here
+attention keeps its own output, so the finer format buys precision and costs memory. Gradients keep 1x128
+tiles: in 128x128 blocks they made a 16B model diverge (appendix B.2).
 
-The weight is quantised in each pass, or, given a `copy` (`kernels.weight`), once an optimizer step. When its
-gradient is computed and where it goes is said in `kernels.wgrad`.
+The weight is quantised in each pass, or, given a `copy` (`kernels.layers.weight`), once an optimizer step.
+When its gradient is computed and where it goes is said in `kernels.layers.wgrad`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.activation import FP8Activation
-from kernels.e5m6 import E5M6, quantize_e5m6
-from kernels.operand import FP8Operand, values_and_tiles
-from kernels.products import OneWeight, Products
-from kernels.quantize import TILES, Quantized, quantize_tiles
-from kernels.weight import FP8Weight
-from kernels.wgrad import MainGrad, WgradQueue
+from kernels.formats.e5m6 import E5M6, quantize_e5m6
+from kernels.formats.quantize import TILES, Quantized, quantize_tiles
+from kernels.layers.activation import FP8Activation
+from kernels.layers.operand import FP8Operand, values_and_tiles
+from kernels.layers.products import OneWeight, Products
+from kernels.layers.weight import FP8Weight
+from kernels.layers.wgrad import MainGrad, WgradQueue
 
 
 def fp8_linear(

@@ -1,4 +1,4 @@
-"""Quantisation for GEMMs over tokens grouped by expert (kernels.grouped_gemm).
+"""Quantisation for GEMMs over tokens grouped by expert (kernels.gemms.grouped_gemm).
 
 Tokens are sorted by expert: those of expert e are rows offsets[e] to offsets[e + 1]. `offsets` (int32 or
 int64, [experts + 1], rising from 0) stays on the device: nothing here waits for its values. Rows past
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import square
 from kernels.backend import runs_triton
-from kernels.quantize import (
+from kernels.formats import square
+from kernels.formats.quantize import (
     BLOCKS,
     TILE,
     TILES,
@@ -32,7 +32,7 @@ from kernels.quantize import (
     launch_blocks,
     quantize_reference,
 )
-from kernels.transpose import encode_columns
+from kernels.formats.transpose import encode_columns
 
 
 @dataclass(frozen=True)

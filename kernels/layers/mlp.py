@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.activation import FP8Activation
-from kernels.grouped_quantize import check_offsets
-from kernels.operand import FP8Operand, values_and_tiles
-from kernels.products import EachExpert, OneWeight, Products
-from kernels.quantize import TILES, Quantized, quantize_tiles
-from kernels.swiglu import swiglu_backward, swiglu_quantize
-from kernels.weight import FP8Weight
-from kernels.wgrad import MainGrad, WgradQueue
+from kernels.formats.grouped_quantize import check_offsets
+from kernels.formats.quantize import TILES, Quantized, quantize_tiles
+from kernels.fused.swiglu import swiglu_backward, swiglu_quantize
+from kernels.layers.activation import FP8Activation
+from kernels.layers.operand import FP8Operand, values_and_tiles
+from kernels.layers.products import EachExpert, OneWeight, Products
+from kernels.layers.weight import FP8Weight
+from kernels.layers.wgrad import MainGrad, WgradQueue
 
 MainGrads = tuple[MainGrad, MainGrad]
 
@@ -43,7 +43,7 @@ def fp8_mlp(
 
     x is [..., D], gate_up [2F, D] (gate rows first), down [D, F], each FP32 or BF16, on one device. Each
     gradient has the type of its tensor. There may be no tokens. `copies` and `main_grads` are those of
-    gate_up and down; they and the other options are described at `kernels.linear.fp8_linear`.
+    gate_up and down; they and the other options are described at `kernels.layers.linear.fp8_linear`.
 
     Raises:
         ValueError, TypeError: shapes, types, devices or options do not fit.
@@ -76,7 +76,7 @@ def fp8_experts(
     same device, never read by the host on a GPU). Each output is multiplied with its weight, if there are
     weights. Rows past the last offset give zeros and zero gradients; an expert without rows gets a gradient
     of zeros. The options are those of `fp8_mlp`; `weight_power_of_two` is for the scales of gate_up and down
-    where they differ from those of activations and gradients, as in the report.
+    where they differ from those of activations and gradients.
 
     Raises:
         ValueError, TypeError: shapes, types, devices, offsets or options do not fit.

@@ -21,7 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.quantize import TILES, Quantized
+from kernels.formats.quantize import TILES, Quantized
 
 Rows = TypeVar("Rows", torch.Tensor, Quantized)
 
@@ -50,7 +50,7 @@ def plan_rows(experts: torch.Tensor, count: int) -> Plan:
     """The plan for `experts` [tokens, K] (int64 or int32, 0 to count - 1), K from 1 to 8. Runs in PyTorch.
 
     On a GPU the numbers are not checked, since that would wait for the device: rows of an expert that does
-    not exist lie after offsets[count], where rows belong to no expert (`kernels.grouped_quantize`).
+    not exist lie after offsets[count], where rows belong to no expert (`kernels.formats.grouped_quantize`).
 
     Raises:
         ValueError, TypeError: the shape, the type, `count` or, on a CPU, an expert's number is wrong.

@@ -6,7 +6,7 @@
 The rotary key is never copied to the heads, and content keys and values stay side by side as the projection
 of the latents leaves them. The softmax runs over tiles of keys, so no matrix of scores exists: maxima, sums
 and the output are FP32, and only the log of each row's sum of exponentials is kept, from which the backward
-pass makes the probabilities again (`kernels.mla_attention_backward`).
+pass makes the probabilities again (`kernels.attention.mla_attention_backward`).
 
 Documents are given by `starts`, on the device: the position at which each position's document begins. Tiles
 wholly before a query tile's documents are not read, and tiles wholly inside need no mask. On a GPU the
@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels import mla_attention_backward as backward
-from kernels.backend import jit, tl
-from kernels.mla_tiles import (
+from kernels.attention import mla_attention_backward as backward
+from kernels.attention.mla_tiles import (
     LOG2E,
     Config,
     check_widths,
@@ -39,6 +38,7 @@ from kernels.mla_tiles import (
     width_constants,
     widths,
 )
+from kernels.backend import jit, tl
 
 # 128 queries share what is loaded of a key. Three stages give a tile of keys a whole step to arrive: with two
 # it is asked for behind the softmax of the step before, and 128 keys a step leave room for two only. FP32

@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.exact import square_root_
-from kernels.tensor_table import TensorTable, start
+from kernels.formats.exact import square_root_
+from kernels.optim.tensor_table import TensorTable, start
 
 CHUNK = 1024  # elements that a program updates
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from kernels.activation import FP8Activation
-from kernels.grouped_quantize import QuantizedExperts
-from kernels.quantize import Quantized
-from kernels.weight import FP8Weight, quantize_weight
-from kernels.wgrad import MainGrad, WgradQueue, WgradTarget
+from kernels.formats.grouped_quantize import QuantizedExperts
+from kernels.formats.quantize import Quantized
+from kernels.layers.activation import FP8Activation
+from kernels.layers.weight import FP8Weight, quantize_weight
+from kernels.layers.wgrad import MainGrad, WgradQueue, WgradTarget
 
 
 class FP8Operand:

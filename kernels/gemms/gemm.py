@@ -10,7 +10,7 @@ group the scales are constant, so taking them out of the sum changes nothing but
     b         128x128                     weights (fprop; transposed, dgrad)
     b         1x128                       transposed activations (wgrad)
 
-How the kernel is cut into tiles is said in `kernels.gemm_tiles`.
+How the kernel is cut into tiles is said in `kernels.gemms.gemm_tiles`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.gemm_tiles import (
+from kernels.formats.quantize import TILE, TILES, Quantized, dequantize
+from kernels.gemms.gemm_tiles import (
     BAND,
     BLOCK_CONFIGS,
     TILE_CONFIGS,
@@ -37,7 +38,6 @@ from kernels.gemm_tiles import (
     sum_groups,
     whole_groups,
 )
-from kernels.quantize import TILE, TILES, Quantized, dequantize
 
 
 def gemm(a: Quantized, b: Quantized, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:

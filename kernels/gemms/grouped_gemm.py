@@ -3,9 +3,9 @@
     fprop, dgrad   out[rows of e] = a[rows of e] @ b[e].T                    `grouped_gemm`
     wgrad          out[e] += a[:, tokens of e] @ b[:, tokens of e].T         `grouped_gemm_k`
 
-How tokens, experts and `offsets` fit together is said in `kernels.grouped_quantize`. The host never reads
-offsets on a GPU, so launch grids are the largest that any offsets could need. Sums are those of
-`kernels.gemm`: 128 products on the tensor core, then promotion to FP32.
+How tokens, experts and `offsets` fit together is said in `kernels.formats.grouped_quantize`. The host never
+reads offsets on a GPU, so launch grids are the largest that any offsets could need. Sums are those of
+`kernels.gemms.gemm`: 128 products on the tensor core, then promotion to FP32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from dataclasses import replace
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.gemm_tiles import (
+from kernels.formats.grouped_quantize import QuantizedExperts, check_offsets, group_starts
+from kernels.formats.quantize import TILE, TILES, Quantized, dequantize
+from kernels.formats.square import experts_range
+from kernels.gemms.gemm_tiles import (
     BAND,
     LARGE,
     MEDIUM,
@@ -37,9 +40,6 @@ from kernels.gemm_tiles import (
     sum_groups,
     whole_groups,
 )
-from kernels.grouped_quantize import QuantizedExperts, check_offsets, group_starts
-from kernels.quantize import TILE, TILES, Quantized, dequantize
-from kernels.square import experts_range
 
 # The launch shapes that `config_for` may take, and a benchmark can try. Finding the expert of a tile takes
 # registers, and with a fourth step in flight LARGE has none left.
@@ -246,7 +246,7 @@ def grouped_gemm_kernel(
     """Each program walks over the full output tiles of all experts, their last ones, then rows of no expert.
 
     a, b (the experts one below the other) and the output are TMA descriptors, `out` is the output's address.
-    K is 128 * GROUPS. Only the full tiles are flattened into one loop with that over K (kernels.gemm): the
+    K is 128 * GROUPS. Only the full tiles are flattened into one loop with that over K (`gemm.py`): the
     compiler allows no branch there, and a last tile must not be stored into the rows of the next expert.
     """
     tiles_n = tl.cdiv(N, WIDE + NARROW)

@@ -4,19 +4,19 @@
     dgrad   dx[rows of e] = dy[rows of e] @ W[e]      dy in 1x128 tiles,  W in 128x128 blocks, transposed
     wgrad   dW[e] = dy[rows of e].T @ x[rows of e]    both in tiles of 128 tokens that start in each expert
 
-Everything else is as in `kernels.linear`.
+Everything else is as in `kernels.layers.linear`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from kernels.activation import FP8Activation
-from kernels.linear import FP8Linear
-from kernels.operand import FP8Operand, values_and_tiles
-from kernels.products import EachExpert
-from kernels.weight import FP8Weight
-from kernels.wgrad import MainGrad, WgradQueue
+from kernels.layers.activation import FP8Activation
+from kernels.layers.linear import FP8Linear
+from kernels.layers.operand import FP8Operand, values_and_tiles
+from kernels.layers.products import EachExpert
+from kernels.layers.weight import FP8Weight
+from kernels.layers.wgrad import MainGrad, WgradQueue
 
 
 def fp8_grouped_linear(

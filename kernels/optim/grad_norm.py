@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.exact import kernel_lane_sum, row_sums, square_root_
-from kernels.tensor_table import TensorTable, start
+from kernels.formats.exact import kernel_lane_sum, row_sums, square_root_
+from kernels.optim.tensor_table import TensorTable, start
 
 CHUNK = 8192  # elements, or sums, that a program sums
 BAND = 32 * CHUNK  # elements that the reference sums at a time, so that their squares stay in the cache

@@ -1,11 +1,11 @@
-"""How the FP8 GEMMs are cut into output tiles, and the loop that computes one (kernels.gemm, grouped_gemm).
+"""How the FP8 GEMMs are cut into output tiles, and the loop that computes one (`gemm.py`, `grouped_gemm.py`).
 
-One program a multiprocessor walks over output tiles (a persistent kernel), while TMA brings the codes of
-the next steps into shared memory. A step multiplies 128 along K, and its products are promoted to FP32 sums
-on the CUDA cores (kernels.gemm says why). So registers hold the sums of a tile and beside them the products
-of a step: for 128x256, 256 a thread. LARGE is 128x192, computed in two pieces: a wide one of 128 columns,
-whose products take 64 registers, and a narrow one of 64, which takes 32. The narrow piece can run on the
-tensor cores while the wide one is promoted. Tiles are large because a step loads from the L2 cache:
+One program a multiprocessor walks over output tiles (a persistent kernel), while TMA brings the codes of the
+next steps into shared memory. A step multiplies 128 along K, and its products are promoted to FP32 sums on
+the CUDA cores (kernels.gemms.gemm says why). So registers hold the sums of a tile and beside them the
+products of a step: for 128x256, 256 a thread. LARGE is 128x192, computed in two pieces: a wide one of 128
+columns, whose products take 64 registers, and a narrow one of 64, which takes 32. The narrow piece can run on
+the tensor cores while the wide one is promoted. Tiles are large because a step loads from the L2 cache:
 
     tile      bytes a step   FLOP a byte    L2 traffic at 1,000 TFLOPS
     64x64         16 KB           64              15.6 TB/s
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from kernels.backend import jit, tl, triton
-from kernels.quantize import TILE
+from kernels.formats.quantize import TILE
 
 BAND = 8  # rows of output tiles walked together, so that their operands stay in the L2 cache
 FEWEST_STAGES = 3  # steps in shared memory: one in use, one ready, one on its way

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.permute import Plan, combine, gather
-from kernels.quantize import TILES, Quantized, quantize_tiles
+from kernels.formats.quantize import TILES, Quantized, quantize_tiles
+from kernels.fused.permute import Plan, combine, gather
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def fp8_activation(x: torch.Tensor, *, power_of_two: bool = False) -> FP8Activat
 
 
 def permute_fp8(x: FP8Activation, plan: Plan) -> FP8Activation:
-    """Rows [tokens * K, cols] of x [tokens, cols] in the order of `plan` (`kernels.permute`), codes copied.
+    """Rows [tokens * K, cols] of x [tokens, cols] in the order of `plan` (`permute.py`), codes copied.
 
     The gradient of a token is the FP32 sum over its rows, slot by slot.
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.exact import kernel_lane_sum, kernel_sigmoids, row_sums, sigmoids
-from kernels.quantize import (
+from kernels.formats.exact import kernel_lane_sum, kernel_sigmoids, row_sums, sigmoids
+from kernels.formats.quantize import (
     TILE,
     TILES,
     Quantized,

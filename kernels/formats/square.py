@@ -1,4 +1,4 @@
-"""The kernel that quantises a matrix along both of its sides at once: what `kernels.transpose` launches.
+"""The kernel that quantises a matrix along both of its sides at once: `transpose.py` launches it.
 
 One program owns a square of 128x128 values, reads it once and writes the codes along its rows, along its
 columns (transposed), or both. So every scale is found within one program.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kernels.backend import jit, tl
-from kernels.quantize import TILE, kernel_encode, kernel_scale, magnitude_bits
+from kernels.formats.quantize import TILE, kernel_encode, kernel_scale, magnitude_bits
 
 # Without fusion every operation rounds on its own, as in the reference.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}

@@ -13,17 +13,17 @@ from typing import TypeAlias
 
 import torch
 
-from kernels.e5m6 import E5M6
-from kernels.gemm import gemm, gemm_add
-from kernels.grouped_gemm import grouped_gemm, grouped_gemm_k
-from kernels.grouped_quantize import (
+from kernels.formats.e5m6 import E5M6
+from kernels.formats.grouped_quantize import (
     QuantizedExperts,
     quantize_tokens,
     quantize_tokens_both,
     requantize_tokens,
 )
-from kernels.quantize import Quantized, quantize_tiles
-from kernels.transpose import quantize_both, requantize_transpose
+from kernels.formats.quantize import Quantized, quantize_tiles
+from kernels.formats.transpose import quantize_both, requantize_transpose
+from kernels.gemms.gemm import gemm, gemm_add
+from kernels.gemms.grouped_gemm import grouped_gemm, grouped_gemm_k
 
 
 @dataclass(frozen=True)

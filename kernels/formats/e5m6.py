@@ -13,10 +13,10 @@ The report gives it 12 bits and scales that are powers of two. Torch has no such
 
 Values are rounded to nearest even, once: dividing by a power of two is exact (or the quotient is so small
 that its code is zero either way), and the rest is arithmetic on integers and one IEEE addition. So the
-reference and the kernel agree bit for bit. The rules at the edges are those of `kernels.quantize`: a tile of
-zeros has scale 1 and keeps its signs, the smallest scale is 2**-126, and a tile that holds a NaN or an
-infinity gets scale NaN and all codes NaN. Values above (2 - 2**-7) * 2**127 round up to 2**128 and come back
-as infinity.
+reference and the kernel agree bit for bit. The rules at the edges are those of `kernels.formats.quantize`: a
+tile of zeros has scale 1 and keeps its signs, the smallest scale is 2**-126, and a tile that holds a NaN or
+an infinity gets scale NaN and all codes NaN. Values above (2 - 2**-7) * 2**127 round up to 2**128 and come
+back as infinity.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.quantize import TILE
+from kernels.formats.quantize import TILE
 
 NAN_CODE = 0x7E0
 EIGHT_BITS = 0x41000000  # 8.0

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from kernels.attention.mla_tiles import check_widths, load_rows, padded_width, runs_triton, store_rows
 from kernels.backend import jit, tl
-from kernels.mla_tiles import check_widths, load_rows, padded_width, runs_triton, store_rows
 
 # Positions of a split: longer ones would leave multiprocessors idle in small batches, and shorter ones write
 # more parts: one is 2 KiB a head, against 1,152 bytes of cache a position.

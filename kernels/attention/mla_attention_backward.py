@@ -1,4 +1,4 @@
-"""Gradients of multi-head latent attention (see `kernels.mla_attention`).
+"""Gradients of multi-head latent attention (see `kernels.attention.mla_attention`).
 
 The probabilities are made again from the scores and each row's log-sum-exp:
 
@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.backend import jit, tl
-from kernels.mla_tiles import (
+from kernels.attention.mla_tiles import (
     LOG2E,
     Config,
     document_ends,
@@ -28,6 +27,7 @@ from kernels.mla_tiles import (
     width_constants,
     widths,
 )
+from kernels.backend import jit, tl
 
 # Of dq, block_m queries belong to a program, which walks over the keys block_n at a time. With 128 keys a
 # step it would spill.

@@ -10,7 +10,7 @@ import torch
 
 from kernels import backend
 from kernels.backend import jit, tl
-from kernels.gemm_tiles import multiprocessors
+from kernels.gemms.gemm_tiles import multiprocessors
 
 SHARED = 227 * 1024  # bytes of shared memory that a program may use on Hopper, which tiles are made for
 LOG2E = 1.4426950408889634

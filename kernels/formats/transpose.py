@@ -4,15 +4,15 @@ The three GEMMs of a linear layer read their operands along different sides: fpr
 channels, wgrad sums over tokens. So an output gradient is needed in 1x128 tiles of channels and in 1x128
 tiles of tokens (the report's 128x1), a cached activation has to change from one to the other, and dgrad reads
 the transposed weight. Each function here makes what it makes in one pass: on a GPU every value is read once
-(`kernels.square`).
+(`kernels.formats.square`).
 
     function               reads                        writes                     bytes a value, BF16
     quantize_both          values                       tiles, transposed tiles    2 + 1 + 1
     requantize_transpose   tiles, or the E5M6 cache     transposed tiles           1 + 1, or 1.5 + 1
     quantize_blocks_both   values                       blocks, transposed blocks  2 + 1 + 1
 
-Scales and codes are those of `kernels.quantize`, bit for bit; a transposed matrix is written transposed. For
-tokens grouped by expert see `kernels.grouped_quantize`.
+Scales and codes are those of `kernels.formats.quantize`, bit for bit; a transposed matrix is written
+transposed. For tokens grouped by expert see `kernels.formats.grouped_quantize`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from collections.abc import Callable
 
 import torch
 
-from kernels import square
 from kernels.backend import runs_triton
-from kernels.e5m6 import E5M6, dequantize_e5m6, dequantize_e5m6_reference
-from kernels.quantize import (
+from kernels.formats import square
+from kernels.formats.e5m6 import E5M6, dequantize_e5m6, dequantize_e5m6_reference
+from kernels.formats.quantize import (
     BLOCKS,
     TILE,
     TILES,

@@ -21,9 +21,9 @@ from types import TracebackType
 
 import torch
 
-from kernels.grouped_quantize import QuantizedExperts, quantize_experts, quantize_experts_both
-from kernels.quantize import Quantized, quantize_blocks
-from kernels.transpose import quantize_blocks_both
+from kernels.formats.grouped_quantize import QuantizedExperts, quantize_experts, quantize_experts_both
+from kernels.formats.quantize import Quantized, quantize_blocks
+from kernels.formats.transpose import quantize_blocks_both
 
 SAMPLED = 256  # values of a weight that are compared when a scope ends
 

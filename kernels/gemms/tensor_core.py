@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.quantize import BLOCKS, TILE, TILES, Quantized
+from kernels.formats.quantize import BLOCKS, TILE, TILES, Quantized
 
 UNIT = 18
 LARGEST_SUM = 2**17  # so many products of 448 * 448 still have an exact FP64 exponent
@@ -96,7 +96,7 @@ def promoted_sum(
 
 
 def tensor_core_gemm(a: Quantized, b: Quantized, core: TensorCore = HOPPER) -> torch.Tensor:
-    """What `kernels.gemm.gemm` gives when each group of 128 products runs on this tensor core: FP32 [M, N].
+    """What `kernels.gemms.gemm` gives when each group of 128 products runs on this tensor core: FP32 [M, N].
 
     The register of each group is scaled and added in FP32, in the order of the groups. On a GPU scaling and
     adding are one rounding; here they are three.

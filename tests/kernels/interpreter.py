@@ -27,8 +27,9 @@ needs_interpreter = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "r
 
 def run_interpreted(script: str, *arguments: str) -> None:
     """Run `script` and assert that it found the kernels and their references to agree."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", f"tests.kernels.{script.removesuffix('.py')}", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "interpreted kernels agree" in done.stdout

@@ -98,8 +98,12 @@ def _with_columns(x: torch.Tensor, cols: int) -> torch.Tensor:
 
 
 def experts_range(experts: int) -> int:
-    """Length of the vector, a power of two of at least 32, in which a program reads all offsets."""
-    return 1 << max(experts - 1, 31).bit_length()
+    """Length of the vector, a power of two of at least 32, in which a program reads all offsets.
+
+    Never 128: with that the largest tile of the grouped GEMM spills registers.
+    """
+    length = 1 << max(experts - 1, 31).bit_length()
+    return 256 if length == 128 else length
 
 
 @jit

@@ -181,7 +181,8 @@ def test_a_spoiled_token_stays_with_its_expert() -> None:
 
 
 def test_offsets_of_all_experts_fit_the_range_that_a_program_reads() -> None:
-    assert [experts_range(count) for count in (0, 1, 32, 33, 256, 257)] == [32, 32, 32, 64, 256, 512]
+    counts = (0, 1, 32, 33, 64, 65, 128, 256, 257)
+    assert [experts_range(count) for count in counts] == [32, 32, 32, 64, 64, 256, 256, 256, 512]
 
 
 def test_errors_name_the_fault() -> None:

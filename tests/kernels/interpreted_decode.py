@@ -9,11 +9,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from interpreted_attention import poisoned_new_empty
-from paged import paged_cache
 
 from kernels.attention import mla_decode
 from kernels.metrics import relative_error
+from tests.kernels.interpreted_attention import poisoned_new_empty
+from tests.kernels.paged import paged_cache
 
 LENGTHS = [1, 15, 16, 17, 0, 63, 64, 65, 200]
 

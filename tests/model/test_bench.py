@@ -20,7 +20,7 @@ def test_the_products_are_all_the_operations_but_attentions_own(config):
 
 
 def test_a_limit_is_a_time():
-    assert 0 < limit_seconds(TINY, 2, 16, torch.float32) < 60
+    assert 0 < limit_seconds(TINY, 2, 16, torch.float32) < 5
 
 
 def test_the_step_of_the_bench_learns():

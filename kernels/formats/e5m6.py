@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.formats.quantize import TILE
+from kernels.formats.quantize import TILE, check_scales, check_types
 
 NAN_CODE = 0x7E0
 EIGHT_BITS = 0x41000000  # 8.0
@@ -51,22 +51,11 @@ class E5M6:
     cols: int
 
     def __post_init__(self) -> None:
-        if self.packed.dtype != torch.uint8 or self.scales.dtype != torch.float32:
-            raise TypeError(
-                f"E5M6: packed bytes are {self.packed.dtype} and scales {self.scales.dtype}; "
-                "they must be torch.uint8 and torch.float32"
-            )
+        check_types("E5M6", "packed bytes", self.packed, self.scales, torch.uint8)
         _check_packed("E5M6", self.packed, self.cols)
         expected = (self.packed.shape[0], -(-self.cols // TILE))
-        if tuple(self.scales.shape) != expected:
-            raise ValueError(
-                f"E5M6: scales have shape {tuple(self.scales.shape)}; a matrix {tuple(self.shape)} "
-                f"in 1x128 tiles needs {expected}"
-            )
-        if self.packed.device != self.scales.device:
-            raise ValueError(f"E5M6: packed is on {self.packed.device}, scales on {self.scales.device}")
-        if not (self.packed.is_contiguous() and self.scales.is_contiguous()):
-            raise ValueError("E5M6: packed and scales must be contiguous; call .contiguous() on both")
+        described = f"a matrix {tuple(self.shape)} in 1x128 tiles needs"
+        check_scales("E5M6", "packed bytes", self.packed, self.scales, expected, described)
 
     @property
     def shape(self) -> torch.Size:

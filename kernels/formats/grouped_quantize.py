@@ -25,6 +25,8 @@ from kernels.formats.quantize import (
     TILE,
     TILES,
     Quantized,
+    check_scales,
+    check_types,
     check_values,
     dequantize,
     empty_quantized,
@@ -50,11 +52,7 @@ class QuantizedExperts:
     scales: torch.Tensor
 
     def __post_init__(self) -> None:
-        if self.codes.dtype != torch.float8_e4m3fn or self.scales.dtype != torch.float32:
-            raise TypeError(
-                f"QuantizedExperts: codes are {self.codes.dtype} and scales {self.scales.dtype}; "
-                "they must be torch.float8_e4m3fn and torch.float32"
-            )
+        check_types("QuantizedExperts", "codes", self.codes, self.scales, torch.float8_e4m3fn)
         if self.codes.dim() != 3 or self.codes.shape[0] == 0:
             raise ValueError(
                 f"QuantizedExperts: codes have shape {tuple(self.codes.shape)}; "
@@ -62,19 +60,8 @@ class QuantizedExperts:
             )
         experts, n, k = self.codes.shape
         expected = (experts, -(-n // TILE), -(-k // TILE))
-        if tuple(self.scales.shape) != expected:
-            raise ValueError(
-                f"QuantizedExperts: scales have shape {tuple(self.scales.shape)}; "
-                f"codes {tuple(self.codes.shape)} in blocks of {BLOCKS} need {expected}"
-            )
-        if self.codes.device != self.scales.device:
-            raise ValueError(
-                f"QuantizedExperts: codes are on {self.codes.device}, scales on {self.scales.device}"
-            )
-        if not (self.codes.is_contiguous() and self.scales.is_contiguous()):
-            raise ValueError(
-                "QuantizedExperts: codes and scales must be contiguous; call .contiguous() on both"
-            )
+        described = f"codes {tuple(self.codes.shape)} in blocks of {BLOCKS} need"
+        check_scales("QuantizedExperts", "codes", self.codes, self.scales, expected, described)
 
     @property
     def shape(self) -> torch.Size:

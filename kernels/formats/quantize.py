@@ -63,23 +63,12 @@ class Quantized:
     def __post_init__(self) -> None:
         if self.block not in (TILES, BLOCKS):
             raise ValueError(f"Quantized: block is {self.block}; it must be {TILES} or {BLOCKS}")
-        if self.codes.dtype != torch.float8_e4m3fn or self.scales.dtype != torch.float32:
-            raise TypeError(
-                f"Quantized: codes are {self.codes.dtype} and scales {self.scales.dtype}; "
-                "they must be torch.float8_e4m3fn and torch.float32"
-            )
+        check_types("Quantized", "codes", self.codes, self.scales, torch.float8_e4m3fn)
         if self.codes.dim() != 2:
             raise ValueError(f"Quantized: codes have shape {tuple(self.codes.shape)}; they must be a matrix")
         expected = _scale_shape(self.codes.shape, self.block)
-        if tuple(self.scales.shape) != expected:
-            raise ValueError(
-                f"Quantized: scales have shape {tuple(self.scales.shape)}; codes {tuple(self.codes.shape)} "
-                f"in blocks of {self.block} need {expected}"
-            )
-        if self.codes.device != self.scales.device:
-            raise ValueError(f"Quantized: codes are on {self.codes.device}, scales on {self.scales.device}")
-        if not (self.codes.is_contiguous() and self.scales.is_contiguous()):
-            raise ValueError("Quantized: codes and scales must be contiguous; call .contiguous() on both")
+        described = f"codes {tuple(self.codes.shape)} in blocks of {self.block} need"
+        check_scales("Quantized", "codes", self.codes, self.scales, expected, described)
 
     @property
     def shape(self) -> torch.Size:
@@ -260,6 +249,30 @@ def _scale_shape(shape: torch.Size | tuple[int, int], block: tuple[int, int]) ->
 def empty_quantized(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     return codes, torch.empty(_scale_shape(x.shape, block), dtype=torch.float32, device=x.device)
+
+
+def check_types(
+    kind: str, name: str, codes: torch.Tensor, scales: torch.Tensor, code_type: torch.dtype
+) -> None:
+    """Raise TypeError when the parts of a quantised tensor are not of `code_type` and FP32."""
+    if codes.dtype != code_type or scales.dtype != torch.float32:
+        raise TypeError(
+            f"{kind}: {name} are {codes.dtype} and scales {scales.dtype}; "
+            f"they must be {code_type} and torch.float32"
+        )
+
+
+def check_scales(
+    kind: str, name: str, codes: torch.Tensor, scales: torch.Tensor, expected: tuple[int, ...], described: str
+) -> None:
+    """Raise ValueError when scales do not fit their codes in shape (`described` says what needs `expected`)
+    or device, or when one of the two is not contiguous."""
+    if tuple(scales.shape) != expected:
+        raise ValueError(f"{kind}: scales have shape {tuple(scales.shape)}; {described} {expected}")
+    if codes.device != scales.device:
+        raise ValueError(f"{kind}: {name} are on {codes.device}, scales on {scales.device}")
+    if not (codes.is_contiguous() and scales.is_contiguous()):
+        raise ValueError(f"{kind}: {name} and scales must be contiguous; call .contiguous() on both")
 
 
 def check_values(

@@ -20,6 +20,7 @@ from kernels.attention.mla_tiles import (
     LOG2E,
     Config,
     document_ends,
+    document_tiles,
     load_rows,
     position_of,
     score_chunks,
@@ -165,11 +166,7 @@ def dq_kernel(
 
     low, whole, start = 0, 0, None
     if starts is not None:
-        starts += batch * T
-        start = tl.load(starts + first + row_in)
-        low = tl.load(starts + first) // BLOCK_N * BLOCK_N
-        last = tl.load(starts + tl.minimum(first + BLOCK_M, T) - 1)
-        whole = tl.minimum(tl.cdiv(last, BLOCK_N) * BLOCK_N, first)
+        start, low, whole = document_tiles(starts + batch * T, first, row_in, T, BLOCK_M, BLOCK_N)
     before = (whole - low) // BLOCK_N
     diagonal = tl.cdiv(tl.minimum(first + BLOCK_M, T) - first, BLOCK_N)
 

@@ -156,3 +156,16 @@ def store_rows(at, values, rows, inside, stride, WIDTH: tl.constexpr, PADDED: tl
 def position_of(step, low, lead, then, BLOCK: tl.constexpr):
     """First position of tile number `step`: `lead` tiles begin at `low`, and those after them at `then`."""
     return tl.where(step < lead, low + step * BLOCK, then + (step - lead) * BLOCK)
+
+
+@jit
+def document_tiles(starts, first, row_in, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the documents of BLOCK_M queries begin, from `first` on.
+
+    The first position of each query's, the first tile of keys that one of them sees, and the end of the tiles
+    in which a query may meet an earlier document.
+    """
+    start = tl.load(starts + first + row_in)
+    low = tl.load(starts + first) // BLOCK_N * BLOCK_N
+    last = tl.load(starts + tl.minimum(first + BLOCK_M, T) - 1)
+    return start, low, tl.minimum(tl.cdiv(last, BLOCK_N) * BLOCK_N, first)

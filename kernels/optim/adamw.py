@@ -85,13 +85,15 @@ def adamw_step(
     named = {"masters": masters, "grads": grads, "means": means, "squares": squares}
     if copies is not None:
         named["copies"] = copies
-    _check(named, grad_scale)
+    columns = list(named.values())
+    table = table or TensorTable()
+    known = table.known(columns)
+    _check(named, known, grad_scale)
     if not masters:
         return
-    columns = list(named.values())
     with torch.no_grad():
         if runs_triton(masters[0], e4m3=False):
-            adamw_step_triton(columns, factors, grad_scale, table or TensorTable())
+            adamw_step_triton(columns, factors, grad_scale, table, known)
         else:
             adamw_step_reference(columns, factors, grad_scale)
 
@@ -120,10 +122,14 @@ def adamw_step_reference(
 
 
 def adamw_step_triton(
-    columns: Sequence[Tensors], factors: Factors, grad_scale: torch.Tensor | None, table: TensorTable
+    columns: Sequence[Tensors],
+    factors: Factors,
+    grad_scale: torch.Tensor | None,
+    table: TensorTable,
+    known: Sequence[bool] | None = None,
 ) -> None:
-    """The Triton kernel: what `adamw_step` runs on a GPU."""
-    table.update(CHUNK, columns)
+    """The Triton kernel: what `adamw_step` runs on a GPU. `known` is what the table knows of `columns`."""
+    table.update(CHUNK, columns, known)
     if table.chunks > 0:
         with torch.cuda.device_of(columns[0][0]):
             step_kernel[(table.chunks,)](
@@ -207,7 +213,9 @@ def _step_flat(
     return peak
 
 
-def _check(columns: dict[str, Tensors], grad_scale: torch.Tensor | None) -> None:
+def _check(columns: dict[str, Tensors], known: Sequence[bool], grad_scale: torch.Tensor | None) -> None:
+    """Raise TypeError or ValueError when something does not fit. Columns known to a table have been checked,
+    beside masters that must be known too."""
     masters, grads = columns["masters"], columns["grads"]
     for name, column in columns.items():
         if len(column) != len(masters):
@@ -218,7 +226,9 @@ def _check(columns: dict[str, Tensors], grad_scale: torch.Tensor | None) -> None
         return
     device = masters[0].device
     bf16_grads = grads[0].dtype == torch.bfloat16
-    for name, column in columns.items():
+    for (name, column), checked in zip(columns.items(), known, strict=True):
+        if checked and known[0]:
+            continue
         dtype = torch.float32 if name == "masters" or (name == "grads" and not bf16_grads) else torch.bfloat16
         for index, (tensor, master) in enumerate(zip(column, masters, strict=True)):
             if tensor.dtype != dtype:

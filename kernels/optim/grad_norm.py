@@ -38,12 +38,15 @@ def grad_norm(grads: Sequence[torch.Tensor], *, table: TensorTable | None = None
         TypeError, ValueError: types, layouts or devices do not fit.
         RuntimeError: the tensors are on a GPU and Triton cannot run there.
     """
-    _check(grads)
+    table = table or TensorTable()
+    known = table.known([grads])
+    if not known[0]:
+        _check(grads)
     if not grads:
         return torch.zeros(())
     with torch.no_grad():
         if runs_triton(grads[0], e4m3=False):
-            return grad_norm_triton(grads, table or TensorTable())
+            return grad_norm_triton(grads, table, known)
         return grad_norm_reference(grads)
 
 
@@ -71,9 +74,11 @@ def grad_norm_reference(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     return square_root_(total.sum())
 
 
-def grad_norm_triton(grads: Sequence[torch.Tensor], table: TensorTable) -> torch.Tensor:
-    """The Triton kernels: what `grad_norm` runs on a GPU."""
-    table.update(CHUNK, [grads])
+def grad_norm_triton(
+    grads: Sequence[torch.Tensor], table: TensorTable, known: Sequence[bool] | None = None
+) -> torch.Tensor:
+    """The Triton kernels: what `grad_norm` runs on a GPU. `known` is what the table knows of `[grads]`."""
+    table.update(CHUNK, [grads], known)
     total = torch.zeros(max(table.chunks, 1), dtype=torch.float32, device=grads[0].device)
     with torch.cuda.device_of(total):
         if table.chunks > 0:

@@ -12,7 +12,9 @@ for the last chunk of a tensor.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from operator import call, is_
 
 import torch
 
@@ -39,21 +41,47 @@ class TensorTable:
         self._layout: tuple[torch.device, int | None, int, list[int]] | None = None
         self._addresses: list[list[int]] = []
         self._firsts: list[int] = []
+        # Weak, so that no gradient outlives its step because of the table.
+        self._tensors: list[list[weakref.ref[torch.Tensor]]] = []
 
-    def update(self, chunk: int, columns: Sequence[Sequence[torch.Tensor]]) -> None:
+    def known(self, columns: Sequence[Sequence[torch.Tensor]]) -> list[bool]:
+        """Of each of `columns`, whether it holds the very tensors of the last `update`, where they lay then.
+
+        What a caller has found out about such tensors need not be looked at again. The loops run in C: with a
+        thousand tensors in each column, loops in Python take longer than the kernel that reads the table.
+        """
+        if len(columns) != len(self._tensors):
+            return [False] * len(columns)
+        return [
+            len(tensors) == len(column)
+            and all(map(is_, map(call, tensors), column))
+            and list(map(torch.Tensor.data_ptr, column)) == addresses
+            for tensors, addresses, column in zip(self._tensors, self._addresses, columns, strict=True)
+        ]
+
+    def update(
+        self, chunk: int, columns: Sequence[Sequence[torch.Tensor]], known: Sequence[bool] | None = None
+    ) -> None:
         """Describe `columns`, of at least one tensor each, in chunks of `chunk` elements.
 
-        Where nothing has moved this compares numbers on the host. Otherwise the rows go to the device by a
-        copy that the host does not wait for; `owners` are made anew only for other sizes, or on another
-        stream.
+        `known` is what `known` says of them, where the caller has asked. If nothing has moved this compares
+        numbers on the host. Otherwise the rows go to the device by a copy that the host does not wait for;
+        `owners` are made anew only for other sizes, or on another stream.
 
         Raises:
             RuntimeError: something has moved while a CUDA graph is captured.
         """
-        device, sizes = columns[0][0].device, [tensor.numel() for tensor in columns[0]]
+        device = columns[0][0].device
+        place = (device, _stream(device), chunk)
+        known = self.known(columns) if known is None else known
+        if all(known) and self._layout is not None and self._layout[:3] == place:
+            return
+        sizes = [tensor.numel() for tensor in columns[0]]
         addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
-        layout = (device, _stream(device), chunk, sizes)
+        layout = (*place, sizes)
+        tensors = [[weakref.ref(tensor) for tensor in column] for column in columns]
         if layout == self._layout and addresses == self._addresses:
+            self._tensors = tensors
             return
         if _capturing(device):
             raise RuntimeError(
@@ -69,7 +97,7 @@ class TensorTable:
             ).int()
         table = torch.tensor([self._firsts, sizes, *addresses], dtype=torch.int64)
         self.rows = _on_device(table.t().contiguous(), device)
-        self._layout, self._addresses = layout, addresses
+        self._layout, self._addresses, self._tensors = layout, addresses, tensors
 
     @property
     def chunks(self) -> int:

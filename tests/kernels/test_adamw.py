@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -275,6 +276,34 @@ def test_the_table_follows_tensors_that_move() -> None:
     assert table.rows[1, 1] == 600
     table.update(512, [[a[0]], [b[0]]])
     assert table.rows.shape == (1, 4)
+
+
+def test_the_table_knows_the_tensors_of_its_last_update() -> None:
+    a, b = [torch.zeros(5), torch.zeros(2000)], [torch.zeros(5), torch.zeros(2000)]
+    table = TensorTable()
+    assert table.known([a, b]) == [False, False]
+    table.update(1024, [a, b])
+    assert table.known([list(a), b]) == [True, True]
+    assert table.known([a]) == [False]
+    assert table.known([a[:1], b[:1]]) == [False, False]
+    assert table.known([b, a]) == [False, False]
+    # Another tensor at the same address may be of another type.
+    assert table.known([a, [b[0], b[1].view(torch.int32)]]) == [True, False]
+    b[1].data = torch.zeros(2000)
+    assert table.known([a, b]) == [True, False]
+    gone = weakref.ref(a[0])
+    table.update(1024, [a, b])
+    del a[0]
+    assert gone() is None, "the table keeps a tensor alive"
+
+
+def test_a_step_looks_again_at_tensors_that_are_new_to_the_table() -> None:
+    columns, table = make(), TensorTable()
+    table.update(adamw.CHUNK, columns)
+    adamw_step(*columns, **HYPER, step=1, table=table)
+    columns[2][0] = columns[2][0].float()
+    with pytest.raises(TypeError, match=r"means\[0\] is torch.float32"):
+        adamw_step(*columns, **HYPER, step=2, table=table)
 
 
 def test_the_table_of_one_stream_is_not_read_on_another() -> None:

@@ -11,7 +11,15 @@ import torch
 from kernels.bench import shapes
 from kernels.bench.entry import Draw, Entry, Inputs, Peer, Shape, Sizes
 from kernels.bench.oracle import values_of
-from kernels.formats.quantize import BLOCKS, TILES, Quantized, dequantize, quantize_blocks, quantize_tiles
+from kernels.formats.quantize import (
+    BLOCKS,
+    TILE,
+    TILES,
+    Quantized,
+    dequantize,
+    quantize_blocks,
+    quantize_tiles,
+)
 from kernels.gemms import gemm
 from kernels.gemms.gemm_tiles import Config
 from kernels.metrics import MAX_ERROR_BF16, MAX_ERROR_FP32, relative_error
@@ -57,7 +65,14 @@ def scaled(a: Quantized, b: Quantized, dims: tuple[int, ...]) -> Callable[[], to
 
 
 def scaled_blocks(a: Quantized, b: Quantized) -> Callable[[], torch.Tensor]:
-    """torch._scaled_mm on our own operands: cuBLAS wants the scales of 1x128 tiles by columns."""
+    """torch._scaled_mm on our own operands: cuBLAS wants the scales of 1x128 tiles by columns.
+
+    Raises:
+        ValueError: K is not a multiple of 128. cuBLAS then reads the scales otherwise: at K = 576 it is far
+            off, and ours is not (`CHECKED` has such K, against float64).
+    """
+    if a.shape[1] % TILE != 0:
+        raise ValueError(f"cuBLAS reads the scales otherwise at K = {a.shape[1]}, no multiple of {TILE}")
     a_scales = a.scales.t().contiguous().t()
     b_scales = (b.scales.t().contiguous().t() if b.block == TILES else b.scales).t()
     return lambda: torch._scaled_mm(

@@ -17,6 +17,7 @@ def cases() -> Iterator[Case]:
     bf16, fp32 = norm.QUANTIZE_OPTIONS[torch.bfloat16], norm.QUANTIZE_OPTIONS[torch.float32]
     for dtype, aligned, power_of_two, steps, options in (
         ("bf16", even, False, 7, bf16),
+        ("bf16", even, False, 2, bf16),
         ("bf16", (), False, 2, bf16),
         ("fp32", even, True, 7, fp32),
         ("bf16", even, True, 16, bf16),
@@ -27,29 +28,28 @@ def cases() -> Iterator[Case]:
         yield Case(
             name=f"rmsnorm_quantize {name}{' 2^n' if power_of_two else ''}, {steps} steps",
             kernel=norm.quantize_kernel,
-            types={**pointers, **outputs, "cols": "i32", "eps": "fp32", **strides},
-            constants={"POWER_OF_TWO": power_of_two, "STEPS": steps},
+            types={**pointers, **outputs, "rows": "i32", "cols": "i32", "eps": "fp32", **strides},
+            constants={"POWER_OF_TWO": power_of_two, "STEPS": steps, "ROWS": norm.rows_together(steps)},
             aligned=(*pointers, *outputs, *aligned),
             options=options,
         )
-        if steps > 7:  # the kernels below are the same for every width
-            continue
         even_dy = ("dy_stride_row",) if aligned else ()
-        pointers = {"dy": f"*{dtype}", **pointers, "inverse": "*fp32"}
+        pointers = {"dy": f"*{dtype}", **pointers, "inverse": "*fp32", "dx": f"*{dtype}", "partial": "*fp32"}
         yield Case(
-            name=f"rmsnorm_backward dx {name}",
-            kernel=norm.dx_kernel,
-            types={**pointers, "dx": f"*{dtype}", "cols": "i32", **both_strides},
-            constants={},
-            aligned=(*pointers, "dx", *aligned, *even_dy),
-            options=norm.OPTIONS,
-        )
-        pointers = {"dy": f"*{dtype}", "x": f"*{dtype}", "inverse": "*fp32", "partial": "*fp32"}
-        yield Case(
-            name=f"rmsnorm_backward dweight {name}",
-            kernel=norm.dweight_kernel,
+            name=f"rmsnorm_backward {name}, {steps} steps",
+            kernel=norm.backward_kernel,
             types={**pointers, "rows": "i32", "cols": "i32", **both_strides},
-            constants={"SLAB": norm.SLAB},
+            constants={"SLAB": norm.SLAB, "STEPS": steps, "ROWS": norm.rows_together(steps)},
             aligned=(*pointers, *aligned, *even_dy),
+            options=norm.BACKWARD_OPTIONS[torch.bfloat16 if dtype == "bf16" else torch.float32],
+        )
+        if aligned and steps != 7:  # the kernel below is the same for every width
+            continue
+        yield Case(
+            name=f"rmsnorm_backward sum {name}",
+            kernel=norm.sum_kernel,
+            types={"partial": "*fp32", "d_weight": f"*{dtype}", "slabs": "i32", "cols": "i32"},
+            constants={"SUMMED": norm.SUMMED},
+            aligned=("partial", "d_weight", *(one for one in aligned if one == "cols")),
             options=norm.OPTIONS,
         )

@@ -118,8 +118,13 @@ def kernel_sigmoids(x):
 
 @jit
 def kernel_lane_sum(lanes):
-    """The sum of 1024 lanes [8, 128]. Reducing two elements is one addition, so the order is fixed."""
-    lanes = tl.reshape(lanes, (1024,))
+    """The sum of 1024 lanes [8, 128]."""
+    return tl.sum(kernel_lane_sums(tl.reshape(lanes, (1, 1024))), axis=0)
+
+
+@jit
+def kernel_lane_sums(lanes):
+    """The sums of lanes [rows, 1024], one a row. Reducing two is one addition, so the order is fixed."""
     for level in tl.static_range(1, 11):
-        lanes = tl.sum(tl.reshape(lanes, (1024 >> level, 2)), axis=1)
-    return tl.sum(lanes, axis=0)
+        lanes = tl.sum(tl.reshape(lanes, (lanes.shape[0], 1024 >> level, 2)), axis=2)
+    return tl.reshape(lanes, (lanes.shape[0],))

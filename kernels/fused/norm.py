@@ -19,9 +19,8 @@ from __future__ import annotations
 import torch
 
 from kernels.backend import jit, runs_triton, tl
-from kernels.formats.exact import STEP, kernel_lane_sum, row_sums, square_root_
+from kernels.formats.exact import STEP, kernel_lane_sums, row_sums, square_root_
 from kernels.formats.quantize import (
-    TILE,
     TILES,
     Quantized,
     check_values,
@@ -33,10 +32,15 @@ from kernels.formats.quantize import (
 )
 
 MIN_EPS = 2.0**-126  # below it, a row of zeros would have the inverse infinity in FP32
-SLAB = 256  # rows that one program of the weight's gradient sums
+SLAB = 16  # rows that one program of the backward pass takes, and sums for the weight's gradient
+SUMMED = 32  # columns that one program sums over all slabs
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 # A thread loads 16 bytes a step. With four warps it would keep 56 FP32 values of a row of 7168.
 QUANTIZE_OPTIONS = {torch.bfloat16: OPTIONS, torch.float32: {**OPTIONS, "num_warps": 8}}
+BACKWARD_OPTIONS = {
+    torch.bfloat16: {**OPTIONS, "num_warps": 8},
+    torch.float32: {**OPTIONS, "num_warps": 16},  # with 8, a few registers of a row of 7168 would spill
+}
 
 
 def rmsnorm_quantize(
@@ -124,9 +128,11 @@ def rmsnorm_quantize_triton(
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows > 0:
         with torch.cuda.device_of(x):
-            quantize_kernel[(rows,)](
-                x, weight.contiguous(), codes, scales, inverse, cols, float(eps), x.stride(0), x.stride(1),
-                POWER_OF_TWO=power_of_two, STEPS=-(-cols // STEP), **QUANTIZE_OPTIONS[x.dtype],
+            steps = -(-cols // STEP)
+            together = rows_together(steps)
+            quantize_kernel[(-(-rows // together),)](
+                x, weight.contiguous(), codes, scales, inverse, rows, cols, float(eps), *x.stride(),
+                POWER_OF_TWO=power_of_two, STEPS=steps, ROWS=together, **QUANTIZE_OPTIONS[x.dtype],
             )  # fmt: skip
     return Quantized(codes, scales, TILES), inverse
 
@@ -137,17 +143,25 @@ def rmsnorm_backward_triton(
     """The Triton kernels: what `rmsnorm_backward` runs on a GPU."""
     rows, cols = x.shape
     dx = torch.empty(x.shape, dtype=dy.dtype, device=x.device)
-    partial = torch.empty((-(-rows // SLAB), cols), dtype=torch.float32, device=x.device)
-    strides = (dy.stride(0), dy.stride(1), x.stride(0), x.stride(1))
-    inverse = inverse.contiguous()
-    if x.numel() > 0:
+    d_weight = torch.empty_like(weight)
+    slabs = -(-rows // SLAB)
+    partial = torch.empty((slabs, cols), dtype=torch.float32, device=x.device)
+    if cols > 0:
+        steps = -(-cols // STEP)
         with torch.cuda.device_of(x):
-            dx_kernel[(rows,)](dy, x, weight.contiguous(), inverse, dx, cols, *strides, **OPTIONS)
-            # Row slabs lie on the first axis of the grid: the others end at 65535.
-            dweight_kernel[(partial.shape[0], -(-cols // TILE))](
-                dy, x, inverse, partial, rows, cols, *strides, SLAB=SLAB, **OPTIONS
-            )
-    return dx, partial.sum(dim=0).to(weight.dtype)
+            if rows > 0:
+                backward_kernel[(slabs,)](
+                    dy, x, weight.contiguous(), inverse.contiguous(), dx, partial, rows, cols,
+                    *dy.stride(), *x.stride(),
+                    SLAB=SLAB, STEPS=steps, ROWS=rows_together(steps), **BACKWARD_OPTIONS[x.dtype],
+                )  # fmt: skip
+            sum_kernel[(-(-cols // SUMMED),)](partial, d_weight, slabs, cols, SUMMED=SUMMED, **OPTIONS)
+    return dx, d_weight
+
+
+def rows_together(steps: int) -> int:
+    """Rows of this many steps that a program takes at a time, so that short ones wait together."""
+    return 2 if steps <= 2 else 1
 
 
 def _check(function: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -163,77 +177,95 @@ def _check(function: str, x: torch.Tensor, weight: torch.Tensor) -> None:
 
 @jit
 def quantize_kernel(
-    x, weight, codes, scales, inverse, cols, eps, stride_row, stride_col,
-    POWER_OF_TWO: tl.constexpr, STEPS: tl.constexpr,
+    x, weight, codes, scales, inverse, rows, cols, eps, stride_row, stride_col,
+    POWER_OF_TWO: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row, kept in registers: STEPS times eight tiles."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program: ROWS rows, kept in registers: STEPS times eight tiles."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tiles = tl.cdiv(cols, 128)
-    lanes = tl.zeros((8, 128), dtype=tl.float32)
+    lanes = tl.zeros((ROWS, 1024), dtype=tl.float32)
     kept = ()
     for step in tl.static_range(STEPS):
-        values = _load(x + row * stride_row, step * 8, cols, stride_col)
+        values = _load(x, row, rows, step, cols, stride_row, stride_col)
         lanes += values * values
         kept += (values,)
-    total = kernel_lane_sum(lanes)
+    total = kernel_lane_sums(lanes)
     mean = tl.div_rn(total, tl.maximum(cols, 1).to(tl.float32))
     inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     inverse_rms = tl.where(total < float("inf"), inverse_rms, float("nan"))
-    tl.store(inverse + row, inverse_rms)
+    tl.store(inverse + row, inverse_rms, mask=row < rows)
     for step in tl.static_range(STEPS):
-        tile = step * 8 + tl.arange(0, 8)
-        col = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
-        product = kept[step] * inverse_rms * _load(weight, step * 8, cols, 1)
+        product = kept[step] * inverse_rms[:, None] * _load_weight(weight, step, cols)
         # Past the last column zero times NaN is NaN, but a NaN there changes no tile: the row is all NaN.
-        scale = kernel_scale(tl.max(magnitude_bits(product), axis=1), POWER_OF_TWO)
-        tl.store(codes + row * cols + col, kernel_encode(product, scale[:, None]), mask=col < cols)
-        tl.store(scales + row * tiles + tile, scale, mask=tile < tiles)
+        product = tl.reshape(product, (ROWS, 8, 128))
+        scale = kernel_scale(tl.max(magnitude_bits(product), axis=2), POWER_OF_TWO)
+        encoded = tl.reshape(kernel_encode(product, scale[:, :, None]), (ROWS, 1024))
+        col = (step * 1024 + tl.arange(0, 1024))[None, :]
+        tl.store(codes + row[:, None] * cols + col, encoded, mask=(row < rows)[:, None] & (col < cols))
+        tile = (step * 8 + tl.arange(0, 8))[None, :]
+        tl.store(scales + row[:, None] * tiles + tile, scale, mask=(row < rows)[:, None] & (tile < tiles))
 
 
 @jit
-def dx_kernel(
-    dy, x, weight, inverse, dx, cols, dy_stride_row, dy_stride_col, stride_row, stride_col
+def backward_kernel(
+    dy, x, weight, inverse, dx, partial, rows, cols, dy_stride_row, dy_stride_col, stride_row, stride_col,
+    SLAB: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradient of one row, eight tiles at a time, read twice."""
-    row = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(cols, 128)
-    inverse_rms = tl.load(inverse + row)
-    lanes = tl.zeros((8, 128), dtype=tl.float32)
-    for first in range(0, tiles, 8):
-        grad = _load(dy + row * dy_stride_row, first, cols, dy_stride_col) * _load(weight, first, cols, 1)
-        lanes += grad * (_load(x + row * stride_row, first, cols, stride_col) * inverse_rms)
-    mean = tl.div_rn(kernel_lane_sum(lanes), tl.maximum(cols, 1).to(tl.float32))
-    for first in range(0, tiles, 8):
-        col = (first + tl.arange(0, 8))[:, None] * 128 + tl.arange(0, 128)[None, :]
-        grad = _load(dy + row * dy_stride_row, first, cols, dy_stride_col) * _load(weight, first, cols, 1)
-        normed = _load(x + row * stride_row, first, cols, stride_col) * inverse_rms
-        value = (grad - normed * mean) * inverse_rms
-        tl.store(dx + row * cols + col, value.to(dx.dtype.element_ty), mask=col < cols)
+    """One program: dx of SLAB rows, ROWS at a time, and their sums for the weight's gradient.
 
-
-@jit
-def dweight_kernel(
-    dy, x, inverse, partial, rows, cols, dy_stride_row, dy_stride_col, stride_row, stride_col,
-    SLAB: tl.constexpr,
-):  # fmt: skip
-    """One program: 128 columns summed over SLAB rows, 16 at a time."""
+    Rows are read twice, once for their sum and once for dx, the second time from the cache.
+    """
     slab = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * 128 + tl.arange(0, 128)
-    dy_at = dy + col.to(tl.int64)[None, :] * dy_stride_col
-    x_at = x + col.to(tl.int64)[None, :] * stride_col
-    lanes = tl.zeros((16, 128), dtype=tl.float32)
-    for first in range(0, SLAB, 16):
-        row = slab * SLAB + first + tl.arange(0, 16)
-        inside = (row < rows)[:, None] & (col < cols)[None, :]
-        inverse_rms = tl.load(inverse + row, mask=row < rows, other=0.0)
-        grad = tl.load(dy_at + row[:, None] * dy_stride_row, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(x_at + row[:, None] * stride_row, mask=inside, other=0.0).to(tl.float32)
-        lanes += grad * (values * inverse_rms[:, None])
-    tl.store(partial + slab * cols + col, tl.sum(lanes, axis=0), mask=col < cols)
+    sums = ()
+    for _ in tl.static_range(STEPS):
+        sums += (tl.zeros((1024,), dtype=tl.float32),)
+    for first in range(0, SLAB, ROWS):
+        row = slab * SLAB + first + tl.arange(0, ROWS)
+        inverse_rms = tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
+        lanes = tl.zeros((ROWS, 1024), dtype=tl.float32)
+        for step in tl.static_range(STEPS):
+            grad = _load(dy, row, rows, step, cols, dy_stride_row, dy_stride_col)
+            values = _load(x, row, rows, step, cols, stride_row, stride_col)
+            lanes += (grad * _load_weight(weight, step, cols)) * (values * inverse_rms)
+        mean = tl.div_rn(kernel_lane_sums(lanes), tl.maximum(cols, 1).to(tl.float32))[:, None]
+        added = ()
+        for step in tl.static_range(STEPS):
+            grad = _load(dy, row, rows, step, cols, dy_stride_row, dy_stride_col)
+            normed = _load(x, row, rows, step, cols, stride_row, stride_col) * inverse_rms
+            added += (sums[step] + tl.sum(grad * normed, axis=0),)
+            value = (grad * _load_weight(weight, step, cols) - normed * mean) * inverse_rms
+            col = (step * 1024 + tl.arange(0, 1024))[None, :]
+            at = dx + row[:, None] * cols + col
+            tl.store(at, value.to(dx.dtype.element_ty), mask=(row < rows)[:, None] & (col < cols))
+        sums = added
+    for step in tl.static_range(STEPS):
+        col = step * 1024 + tl.arange(0, 1024)
+        tl.store(partial + slab * cols + col, sums[step], mask=col < cols)
 
 
 @jit
-def _load(source, first, cols, stride_col):
-    """FP32 values [8, 128] of a row from tile `first` on, zero past the last column."""
-    col = (first + tl.arange(0, 8))[:, None] * 128 + tl.arange(0, 128)[None, :]
-    return tl.load(source + col.to(tl.int64) * stride_col, mask=col < cols, other=0.0).to(tl.float32)
+def sum_kernel(partial, d_weight, slabs, cols, SUMMED: tl.constexpr):
+    """One program: SUMMED columns of the weight's gradient, summed over all slabs."""
+    col = (tl.program_id(0) * SUMMED + tl.arange(0, SUMMED))[None, :]
+    lanes = tl.zeros((64, SUMMED), dtype=tl.float32)
+    for first in range(0, slabs, 64):
+        slab = (first + tl.arange(0, 64))[:, None]
+        at = partial + slab.to(tl.int64) * cols + col
+        lanes += tl.load(at, mask=(slab < slabs) & (col < cols), other=0.0)
+    total = tl.sum(lanes, axis=0)[None, :]
+    tl.store(d_weight + col, total.to(d_weight.dtype.element_ty), mask=col < cols)
+
+
+@jit
+def _load(source, row, rows, step, cols, stride_row, stride_col):
+    """FP32 values [rows, 1024] of some rows from column 1024 * step on, zero past the last of either."""
+    col = (step * 1024 + tl.arange(0, 1024))[None, :]
+    at = source + row[:, None] * stride_row + col.to(tl.int64) * stride_col
+    return tl.load(at, mask=(row < rows)[:, None] & (col < cols), other=0.0).to(tl.float32)
+
+
+@jit
+def _load_weight(weight, step, cols):
+    """FP32 values [1, 1024] from column 1024 * step on."""
+    col = (step * 1024 + tl.arange(0, 1024))[None, :]
+    return tl.load(weight + col, mask=col < cols, other=0.0).to(tl.float32)

@@ -1,9 +1,7 @@
 """Run by test_swiglu.py and test_norm.py in a process of its own, under TRITON_INTERPRET=1.
 
-Results are compared bit for bit with the references, but for two casts that the interpreter gets wrong. To
-E4M3 it rounds ties up, loses the carry into the exponent, misrounds subnormals and loses NaN: codes are
-compared to within one, where none of the last three can happen. To BF16 it cuts off: gradients are asked for
-in FP32. Its fused multiplication and addition rounds twice and is replaced.
+Results are compared bit for bit with the references. The interpreter's casts to E4M3 and BF16, and its fused
+multiplication and addition, round otherwise than the hardware and are replaced.
 """
 
 import itertools
@@ -16,6 +14,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from kernels.formats.quantize import TILES, Quantized, quantize_reference
 from kernels.fused import norm, swiglu
 from kernels.metrics import relative_error
+from tests.kernels.exact_casts import exact_casts
 from tests.kernels.guard import guarded
 
 WIDTHS = (1, 128, 200, 2100)
@@ -39,13 +38,9 @@ def same(found: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
 
 
 def same_codes(found: Quantized, expected: Quantized) -> bool:
-    """Equal scales, and codes within one where the interpreter's cast is not far off."""
-    if not same(found.scales, expected.scales):
-        return False
-    codes = expected.codes.view(torch.uint8)
-    sure = ((codes & 0x7F) > 8) & ((codes & 0x7F) < 0x7F) & ((codes & 7) != 0)
-    apart = found.codes.view(torch.uint8).int() - codes.int()
-    return bool((apart[sure].abs() <= 1).all())
+    """Equal bit for bit."""
+    codes = [one.codes.view(torch.uint8) for one in (found, expected)]
+    return same(found.scales, expected.scales) and torch.equal(*codes)
 
 
 def rows_of(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
@@ -117,6 +112,6 @@ def check_norm(generator: torch.Generator) -> None:
 
 if __name__ == "__main__":
     InterpreterBuilder.create_fma = fma
-    with guarded():
+    with guarded(), exact_casts():
         {"swiglu": check_swiglu, "norm": check_norm}[sys.argv[1]](torch.Generator().manual_seed(0))
     print("interpreted kernels agree")

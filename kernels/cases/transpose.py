@@ -8,6 +8,7 @@ from kernels.cases.case import Case
 from kernels.formats import square
 
 EVEN = ("rows", "cols", "width")
+RAGGED = ("cols", "width")  # the launcher pads these two
 # What is read, what is written, and whether there is one scale for a square.
 KINDS = {
     "quantize_both": (("x",), ("codes", "scales"), False),
@@ -24,20 +25,20 @@ def cases() -> Iterator[Case]:
     sizes = dict.fromkeys(("rows", "cols", "width", "experts", "stride_matrix", "stride_row"), "i32")
     for name, source, aligned, power_of_two, experts, offsets in (
         ("quantize_both", "bf16", EVEN, False, 0, ""),
-        ("quantize_both", "bf16", ("cols",), False, 0, ""),
+        ("quantize_both", "bf16", RAGGED, False, 0, ""),
         ("quantize_both", "fp32", EVEN, True, 0, ""),
         ("quantize_blocks_both", "bf16", EVEN, False, 0, ""),
         ("quantize_blocks_both", "fp32", EVEN, False, 0, ""),
-        ("quantize_blocks_both", "fp32", ("cols",), True, 0, ""),
+        ("quantize_blocks_both", "fp32", RAGGED, True, 0, ""),
         ("requantize_transpose", "fp8e4nv", EVEN, False, 0, ""),
-        ("requantize_transpose", "fp8e4nv", ("cols",), True, 0, ""),
+        ("requantize_transpose", "fp8e4nv", RAGGED, True, 0, ""),
         ("requantize_transpose", "i32", EVEN, False, 0, ""),
-        ("requantize_transpose", "i32", ("cols",), True, 0, ""),
+        ("requantize_transpose", "i32", RAGGED, True, 0, ""),
         ("quantize_tokens", "bf16", EVEN, False, 256, "i64"),
-        ("quantize_tokens_both", "bf16", ("cols", "width"), False, 256, "i64"),
-        ("quantize_tokens_both", "fp32", ("cols", "width"), True, 8, "i32"),
-        ("requantize_tokens", "fp8e4nv", ("cols", "width"), False, 256, "i64"),
-        ("requantize_tokens", "fp8e4nv", ("cols", "width"), True, 8, "i32"),
+        ("quantize_tokens_both", "bf16", RAGGED, False, 256, "i64"),
+        ("quantize_tokens_both", "fp32", RAGGED, True, 8, "i32"),
+        ("requantize_tokens", "fp8e4nv", RAGGED, False, 256, "i64"),
+        ("requantize_tokens", "fp8e4nv", RAGGED, True, 8, "i32"),
     ):
         inputs, outputs, block = KINDS[name]
         types = {
@@ -60,6 +61,7 @@ def cases() -> Iterator[Case]:
                 "E5M6": source == "i32",
                 "POWER_OF_TWO": power_of_two,
                 "EXPERTS": square.experts_range(experts),
+                "ROWS": square.PATCH_ROWS,
             },
             aligned=(*present, "stride_matrix", "stride_row", *aligned),
             options=square.OPTIONS,

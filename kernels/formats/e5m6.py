@@ -12,11 +12,13 @@ The report gives it 12 bits and scales that are powers of two. Torch has no such
             byte first. With an odd number of columns the last b is zero.
 
 Values are rounded to nearest even, once: dividing by a power of two is exact (or the quotient is so small
-that its code is zero either way), and the rest is arithmetic on integers and one IEEE addition. So the
-reference and the kernel agree bit for bit. The rules at the edges are those of `kernels.formats.quantize`: a
-tile of zeros has scale 1 and keeps its signs, the smallest scale is 2**-126, and a tile that holds a NaN or
-an infinity gets scale NaN and all codes NaN. Values above (2 - 2**-7) * 2**127 round up to 2**128 and come
-back as infinity.
+that its code is zero either way), and the rest is arithmetic on integers and one IEEE addition. The reference
+rounds normal codes as integers and the kernel rounds all by its addition; of every magnitude up to 65024, all
+tried, the two make the same code. So they agree bit for bit.
+
+The rules at the edges are those of `kernels.formats.quantize`: a tile of zeros has scale 1 and keeps its
+signs, the smallest scale is 2**-126, and a tile that holds a NaN or an infinity gets scale NaN and all codes
+NaN. Values above (2 - 2**-7) * 2**127 round up to 2**128 and come back as infinity.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ NAN_CODE = 0x7E0
 EIGHT_BITS = 0x41000000  # 8.0
 TINY_BITS = 113 << 23  # 2**-14: codes of smaller values are subnormal
 
+EIGHT = 8  # values in three words of 32 bits
+PART = 32  # values in three times 16 bytes
 ROWS = 32  # rows of 128 values that one program takes
 # Without fusion every operation rounds on its own, as in the reference.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -64,7 +68,8 @@ class E5M6:
 
 
 def quantize_e5m6(x: torch.Tensor) -> E5M6:
-    """Quantise a matrix [rows, cols] (FP32 or BF16, any strides) in 1x128 tiles.
+    """Quantise a matrix [rows, cols] (FP32 or BF16; one without unit stride along rows costs a copy) in 1x128
+    tiles.
 
     Raises:
         TypeError, ValueError: `x` is not an FP32 or BF16 matrix.
@@ -142,14 +147,15 @@ def dequantize_e5m6_reference(q: E5M6, dtype: torch.dtype = torch.float32) -> to
 def quantize_e5m6_triton(x: torch.Tensor) -> E5M6:
     """The Triton kernel: what `quantize_e5m6` runs on a GPU."""
     rows, cols = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
     packed = torch.empty((rows, 3 * ((cols + 1) // 2)), dtype=torch.uint8, device=x.device)
     scales = torch.empty((rows, -(-cols // TILE)), dtype=torch.float32, device=x.device)
     if x.numel() > 0:
         grid = (-(-rows // ROWS), scales.shape[1])
         with torch.cuda.device_of(x):
             quantize_kernel[grid](
-                x, _words(packed, cols), scales, rows, cols, x.stride(0), x.stride(1),
-                WORDS=_has_words(cols), ROWS=ROWS, **OPTIONS,
+                x, packed.view(torch.int32) if cols % PART == 0 else packed, scales,
+                rows, cols, cols // 8 * 3, x.stride(0), WORDS=cols % PART == 0, ROWS=ROWS, **OPTIONS,
             )  # fmt: skip
     return E5M6(packed, scales, cols)
 
@@ -162,20 +168,10 @@ def dequantize_e5m6_triton(q: E5M6, dtype: torch.dtype = torch.float32) -> torch
         grid = (-(-rows // ROWS), q.scales.shape[1])
         with torch.cuda.device_of(out):
             dequantize_kernel[grid](
-                _words(q.packed, cols), q.scales, out, rows, cols,
-                WORDS=_has_words(cols), ROWS=ROWS, **OPTIONS,
+                q.packed.view(torch.int32) if cols % EIGHT == 0 else q.packed, q.scales, out, rows, cols,
+                WORDS=cols % EIGHT == 0, ROWS=ROWS, **OPTIONS,
             )  # fmt: skip
     return out
-
-
-def _has_words(cols: int) -> bool:
-    """Whether a row is whole words of 32 bits. Three of them hold eight codes; moving bytes takes four times
-    as many instructions."""
-    return cols % 8 == 0
-
-
-def _words(packed: torch.Tensor, cols: int) -> torch.Tensor:
-    return packed.view(torch.int32) if _has_words(cols) else packed
 
 
 def _encode(values: torch.Tensor) -> torch.Tensor:
@@ -203,85 +199,139 @@ def _check_packed(function: str, packed: torch.Tensor, cols: int) -> None:
 
 @jit
 def quantize_kernel(
-    x, packed, scales, rows, cols, stride_row, stride_col,
+    x, packed, scales, rows, cols, words, stride_row,
     WORDS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of one column of tiles. `packed` are words (int32) if WORDS, else bytes."""
+    """One program: ROWS rows of one column of tiles. `packed` are `words` words (int32) a row, or bytes."""
     tile = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tile.to(tl.int64) * 128 + tl.arange(0, 128)
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
-    values = tl.load(x + row[:, None] * stride_row + col[None, :] * stride_col, mask=inside, other=0.0)
-    values = values.to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, col = _eights(ROWS)
+    eight = tl.arange(0, 8)[None, :]
+    # Rows and columns from the first of this program on: 32 bits are enough for them, and take half the time.
+    height, width = tl.minimum(rows - first, ROWS).to(tl.int32), cols - tile * 128
+    inside = (row < height)[:, None] & (col[:, None] + eight < width)
+    at = x + first * stride_row + tile * 128
+    values = tl.load(at + (row * stride_row + col)[:, None] + eight, mask=inside, other=0.0).to(tl.float32)
     amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    amax = tl.max(tl.reshape(amax, (ROWS, 16)), axis=1)
     exponent = (amax >> 23) - 15 + ((amax & 0x7FFFFF) > 0x7E0000).to(tl.int32)
     exponent = tl.where(amax == 0, 127, tl.maximum(exponent, 1))
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    codes = kernel_encode(values * inverse[:, None])
-    codes = tl.where((amax < 0x7F800000)[:, None], codes, 0x7E0)  # NAN_CODE
-    # Padding in the last word belongs to no column: it is zero even where the tile is NaN.
-    codes = tl.where(inside, codes, 0)
-    first, second = tl.split(tl.reshape(codes, (ROWS, 64, 2)))
-    pairs = first | second << 12
+    codes = kernel_encode(values * _sixteen_times(inverse)[:, None])
+    if not WORDS:  # padding in the last word belongs to no column: it is zero even where the tile is NaN
+        codes = tl.where(inside, codes, 0)
+    even, odd = tl.split(tl.reshape(codes, (16 * ROWS, 4, 2)))
+    pairs = even | odd << 12
+    finite = _sixteen_times(amax)[:, None] < 0x7F800000
     if WORDS:
-        group = tile.to(tl.int64) * 16 + tl.arange(0, 16)
-        at = packed + row[:, None] * (cols // 8 * 3) + 3 * group[None, :]
-        stored = (row < rows)[:, None] & (group < cols // 8)[None, :]
-        even, odd = tl.split(tl.reshape(pairs, (ROWS, 16, 2, 2)))
-        first, third = tl.split(even)
+        pairs = tl.where(finite, pairs, 0x7E07E0)  # NAN_CODE twice
+        even, odd = tl.split(tl.reshape(pairs, (16 * ROWS, 2, 2)))
+        first_pair, third = tl.split(even)
         second, fourth = tl.split(odd)
-        tl.store(at, first | second << 24, mask=stored)
-        tl.store(at + 1, second >> 8 | third << 16, mask=stored)
-        tl.store(at + 2, third >> 16 | fourth << 8, mask=stored)
+        # A thread takes the twelve words of four eights, to store 16 bytes at a time: words that lie three
+        # apart would go to memory in three pieces of a sector each.
+        a0, a1, a2, a3 = _columns(first_pair | second << 24, ROWS)
+        b0, b1, b2, b3 = _columns(second >> 8 | third << 16, ROWS)
+        c0, c1, c2, c3 = _columns(third >> 16 | fourth << 8, ROWS)
+        part = tl.arange(0, 4 * ROWS)
+        at = packed + first * words + tile * 48 + (part // 4 * words + part % 4 * 12)
+        at = at[:, None] + tl.arange(0, 4)[None, :]
+        stored = ((part // 4 < height) & (part % 4 * 32 < width))[:, None]
+        tl.store(at, tl.reshape(tl.join(tl.join(a0, c0), tl.join(b0, a1)), at.shape), mask=stored)
+        tl.store(at + 4, tl.reshape(tl.join(tl.join(b1, a2), tl.join(c1, b2)), at.shape), mask=stored)
+        tl.store(at + 8, tl.reshape(tl.join(tl.join(c2, b3), tl.join(a3, c3)), at.shape), mask=stored)
     else:
-        pair = tile.to(tl.int64) * 64 + tl.arange(0, 64)
+        pair = (col // 2)[:, None] + tl.arange(0, 4)[None, :]
+        nan = tl.where(2 * pair + 1 < width, 0x7E07E0, 0x7E0)
+        pairs = tl.where(finite, pairs, nan)
         count = (cols + 1) // 2
-        at = packed + row[:, None] * (3 * count) + 3 * pair[None, :]
-        stored = (row < rows)[:, None] & (pair < count)[None, :]
+        at = packed + first * (3 * count) + tile * 192 + (row[:, None] * (3 * count) + 3 * pair)
+        stored = (row < height)[:, None] & (2 * pair < width)
         for byte in tl.static_range(3):
             tl.store(at + byte, (pairs >> 8 * byte & 0xFF).to(tl.uint8), mask=stored)
     scale = tl.where(amax < 0x7F800000, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
-    tl.store(scales + row * tl.cdiv(cols, 128) + tile, scale, mask=row < rows)
+    row = tl.arange(0, ROWS)
+    tl.store(scales + (first + row) * tl.cdiv(cols, 128) + tile, scale, mask=row < height)
 
 
 @jit
 def dequantize_kernel(packed, scales, out, rows, cols, WORDS: tl.constexpr, ROWS: tl.constexpr):
     """One program: ROWS rows of one column of tiles. `packed` are words (int32) if WORDS, else bytes."""
     tile = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, col = _eights(ROWS)
+    height, width = tl.minimum(rows - first, ROWS).to(tl.int32), cols - tile * 128
     if WORDS:
-        group = tile.to(tl.int64) * 16 + tl.arange(0, 16)
-        at = packed + row[:, None] * (cols // 8 * 3) + 3 * group[None, :]
-        loaded = (row < rows)[:, None] & (group < cols // 8)[None, :]
+        at = packed + first * (cols // 8 * 3) + tile * 48 + (row * (cols // 8 * 3) + col // 8 * 3)
+        loaded = (row < height) & (col < width)
         low = tl.load(at, mask=loaded, other=0)
         middle = tl.load(at + 1, mask=loaded, other=0)
         high = tl.load(at + 2, mask=loaded, other=0)
-        # What lies beyond the 24 bits of a pair is dropped below.
-        second, third = (low >> 24 & 0xFF) | middle << 8, (middle >> 16 & 0xFFFF) | high << 16
-        pairs = tl.interleave(tl.interleave(low, third), tl.interleave(second, high >> 8))
+        values = kernel_decode(low, middle, high)
     else:
-        pair = tile.to(tl.int64) * 64 + tl.arange(0, 64)
+        pair = (col // 2)[:, None] + tl.arange(0, 4)[None, :]
         count = (cols + 1) // 2
-        at = packed + row[:, None] * (3 * count) + 3 * pair[None, :]
-        loaded = (row < rows)[:, None] & (pair < count)[None, :]
+        at = packed + first * (3 * count) + tile * 192 + (row[:, None] * (3 * count) + 3 * pair)
+        loaded = (row < height)[:, None] & (2 * pair < width)
         low = tl.load(at, mask=loaded, other=0).to(tl.int32)
         middle = tl.load(at + 1, mask=loaded, other=0).to(tl.int32)
         high = tl.load(at + 2, mask=loaded, other=0).to(tl.int32)
-        pairs = low | middle << 8 | high << 16
-    codes = tl.interleave(pairs & 0xFFF, pairs >> 12 & 0xFFF)
-    values = (codes << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    scale = tl.load(scales + row * tl.cdiv(cols, 128) + tile, mask=row < rows, other=0.0)
-    col = tile.to(tl.int64) * 128 + tl.arange(0, 128)
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
+        values = _numbers(tl.interleave(low << 4 | middle << 12, middle | high << 8))
+    tiles = tl.cdiv(cols, 128)
+    scale = tl.load(scales + first * tiles + tile + row * tiles, mask=row < height, other=0.0)
+    columns = col[:, None] + tl.arange(0, 8)[None, :]
     result = (values * scale[:, None]).to(out.dtype.element_ty)
-    tl.store(out + row[:, None] * cols + col[None, :], result, mask=inside)
+    at = out + first * cols + tile * 128 + ((row * cols)[:, None] + columns)
+    tl.store(at, result, mask=(row < height)[:, None] & (columns < width))
 
 
 @jit
 def kernel_encode(values):
-    """`_encode` in Triton."""
+    """`_encode` in Triton, both of its cases in one addition: |value| plus the power of two whose last place
+    is that of the code rounds to nearest even, and leaves the code's fraction, with its first bit, below."""
     bits = values.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    normal = ((magnitude + 0xFFFF + ((magnitude >> 17) & 1)) >> 17) - (112 << 6)
-    subnormal = (tl.abs(values) + 8.0).to(tl.int32, bitcast=True) - 0x41000000
-    return tl.where(magnitude < (113 << 23), subnormal, normal) | ((bits >> 20) & 0x800)
+    power = tl.maximum(bits & 0x7F800000, 113 << 23) + (17 << 23)  # TINY_BITS
+    rounded = (tl.abs(values) + power.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    # Added to it is 64 times the exponent of the code, less 1: the first bit of the fraction is that 1.
+    return (rounded - power + (power >> 17) - (130 << 6)) | ((bits >> 20) & 0x800)
+
+
+@jit
+def kernel_decode(low, middle, high):
+    """FP32 values [n, 8] of eight codes in each three words [n] of 32 bits."""
+    # Bits 15 to 4 of each are a code, in the place where an FP16 has it.
+    even = tl.join(tl.join(low << 4, middle >> 12), tl.join((low >> 20 & 0xFF0) | middle << 12, high >> 4))
+    odd = tl.join(tl.join(low >> 8, (middle >> 24 & 0xF0) | high << 8), tl.join(middle, high >> 16))
+    return _numbers(tl.reshape(tl.join(even, odd), (low.shape[0], 8)))
+
+
+@jit
+def _numbers(codes):
+    """FP32 values of codes in bits 15 to 4, whatever the other bits hold."""
+    return (codes & 0xFFF0).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@jit
+def _eights(ROWS: tl.constexpr):
+    """Row and first column of each eight values of ROWS x 128, [16 * ROWS].
+
+    Along one dimension, neighbouring lanes take neighbouring eights of a row. Of two dimensions without
+    neighbouring addresses, such as words three apart, the compiler may choose the other for its lanes.
+    """
+    eight = tl.arange(0, 16 * ROWS)
+    return eight // 16, eight % 16 * 8
+
+
+@jit
+def _columns(words, ROWS: tl.constexpr):
+    """Words [16 * ROWS] of four neighbouring eights, each [4 * ROWS]."""
+    even, odd = tl.split(tl.reshape(words, (4 * ROWS, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@jit
+def _sixteen_times(values):
+    """What belongs to a row of 128 values, for each eight of them: [rows] to [16 * rows]."""
+    return tl.reshape(tl.broadcast_to(values[:, None], (values.shape[0], 16)), (values.shape[0] * 16,))

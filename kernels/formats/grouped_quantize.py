@@ -130,7 +130,7 @@ def quantize_experts_both_triton(
     """The Triton kernel: what `quantize_experts_both` runs on a GPU."""
     along_rows, along_columns = _empty_experts(w), _empty_experts(w.mT)
     square.launch(
-        w, None, None, along_rows, along_columns, w.shape[0] * -(-w.shape[1] // TILE), w.shape[2],
+        w, None, None, along_rows, along_columns, -(-w.shape[1] // TILE), w.shape[2],
         block=True, power_of_two=power_of_two,
     )  # fmt: skip
     return QuantizedExperts(*along_rows), QuantizedExperts(*along_columns)

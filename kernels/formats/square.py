@@ -6,10 +6,11 @@ columns (transposed), or both. So every scale is found within one program.
     x         values (FP32, BF16), or FP8 codes with `x_scales` of 1x128 tiles, or E5M6 words
     offsets   rows belong to experts: squares start anew at each expert's first row
 
-How the codes get from one side to the other: lanes hold 16 neighbours of a row, as 16-byte loads and stores
-along rows want it. The rows of a square are dealt out in another order, row 8 i + j as the i-th of the j-th
-sixteen, so that a thread holds rows that lie close together; the compiler then moves four codes of a column
-as one word through shared memory.
+No value changes threads. A thread holds a patch of 8 x 8 values: eight loads along rows, then eight stores of
+eight codes along rows and eight along columns. Four neighbouring lanes read 128 bytes of a row (BF16) and
+fill 32 bytes of its codes; eight lanes fill 64 bytes along a column. So shared memory carries maxima and
+scales only. Patches are numbered along one dimension, lowest bits first: four across, all down, four across;
+the compiler deals them out to lanes and then to warps in this order, whatever its version.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from typing import Any
 import torch
 
 from kernels.backend import jit, tl
-from kernels.formats.quantize import TILE, kernel_encode, kernel_scale, magnitude_bits
+from kernels.formats.e5m6 import kernel_decode
+from kernels.formats.quantize import TILE, kernel_scale, magnitude_bits
 
-# Without fusion every operation rounds on its own, as in the reference.
+PATCH_ROWS = 8
+# One thread for each patch. Without fusion every operation rounds on its own, as in the reference.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
-# Rows start at multiples of 16 values: other sizes are padded, since loads of single values spread a row over
-# so many threads that the kernel spills registers.
+# Rows start at multiples of 16 values, in what is read and in both that are written: other sizes are padded,
+# since loads and stores of single values spread a row over so many threads that the kernel spills registers.
 ALIGNED = 16
 LONGEST = 2**24  # columns, rows, strides: offsets inside a square are 32 bits wide
+MOST = 65535  # programs along the second axis of a grid, and along the third
 
 Parts = tuple[torch.Tensor, torch.Tensor]
 
@@ -37,7 +41,7 @@ def launch(
     offsets: torch.Tensor | None,
     along_rows: Parts | None,
     along_columns: Parts,
-    squares: int,
+    bands: int,
     cols: int,
     *,
     block: bool = False,
@@ -46,7 +50,7 @@ def launch(
 ) -> None:
     """Quantise x [rows, cols] or [matrices, rows, cols] into codes and scales; `along_columns` is transposed.
 
-    `squares` is the number of bands of 128 rows. With `block` there is one scale for each square.
+    `bands` is the number of bands of 128 rows of a matrix. With `block` there is one scale for each square.
 
     Raises:
         ValueError: the matrix is too large.
@@ -56,43 +60,55 @@ def launch(
     if codes_t.numel() == 0:
         return
     options = {"block": block, "e5m6": e5m6, "power_of_two": power_of_two}
-    if cols % ALIGNED != 0:
-        whole = -(-cols // TILE) * TILE
-        wide = None if codes is None else (codes.new_empty((*codes.shape[:-1], whole)), scales)
+    width = codes_t.shape[-1]
+    if cols % ALIGNED != 0 or width % ALIGNED != 0:
+        whole = cols if cols % ALIGNED == 0 else -(-cols // TILE) * TILE
         tall = (
-            codes_t.new_empty((*codes_t.shape[:-2], whole, codes_t.shape[-1])),
+            codes_t.new_empty((*codes_t.shape[:-2], whole, -(-width // ALIGNED) * ALIGNED)),
             scales_t if block else scales_t.new_empty((whole, scales_t.shape[1])),
         )
-        launch(_with_columns(x, whole), x_scales, offsets, wide, tall, squares, whole, **options)
+        wide = None if codes is None else (codes.new_empty((*codes.shape[:-1], whole)), scales)
+        launch(_with_columns(x, whole), x_scales, offsets, wide, tall, bands, whole, **options)
         if wide is not None:
             codes.copy_(wide[0][..., :cols])
-        codes_t.copy_(tall[0][..., :cols, :])
+        codes_t.copy_(tall[0][..., :cols, :width])
         if not block:
             scales_t.copy_(tall[1][:cols])
         return
     matrix = x if x.dim() == 3 else x[None]
-    if not e5m6 and (
-        matrix.stride(2) != 1 or any(one % ALIGNED for one in (*matrix.stride()[:2], matrix.data_ptr()))
-    ):
+    if not (e5m6 or _lies_well(matrix)):
         matrix = matrix.clone(memory_format=torch.contiguous_format)
-    rows, width, strides = matrix.shape[1], codes_t.shape[-1], matrix.stride()
-    if max(rows, cols, width, strides[1]) >= LONGEST:
+    rows, strides = matrix.shape[1], matrix.stride()
+    if max(rows, cols, width, strides[1]) >= LONGEST or max(bands, matrix.shape[0]) > MOST:
         raise ValueError(
             f"quantisation along both sides: a matrix of {rows} x {cols} with row stride {strides[1]}; "
-            f"sizes from {LONGEST} on are not supported, so split the matrix"
+            f"sizes from {LONGEST} on, and more than {MOST} bands of {TILE} rows, are not supported: split it"
         )
     experts = 0 if offsets is None else offsets.numel() - 1
     with torch.cuda.device_of(x):
-        square_kernel[(squares * -(-cols // TILE),)](
+        square_kernel[(-(-cols // TILE), bands, matrix.shape[0])](
             matrix, x_scales, offsets, codes, scales, codes_t, scales_t,
             rows, cols, width, experts, *strides,
             BLOCK=block, E5M6=e5m6, POWER_OF_TWO=power_of_two, EXPERTS=experts_range(experts),
-            **OPTIONS,
+            ROWS=PATCH_ROWS, **OPTIONS,
         )  # fmt: skip
 
 
+def fits(x: torch.Tensor) -> bool:
+    """Whether `launch` takes a matrix, and writes its transpose, as they lie: without a copy."""
+    sizes = (*x.shape, x.stride(0))
+    return _lies_well(x) and all(size % ALIGNED == 0 and size < TILE * MOST for size in sizes)
+
+
+def _lies_well(x: torch.Tensor) -> bool:
+    """Whether rows are contiguous and start at multiples of 16 values."""
+    return x.stride(-1) == 1 and not any(one % ALIGNED for one in (*x.stride()[:-1], x.data_ptr()))
+
+
 def _with_columns(x: torch.Tensor, cols: int) -> torch.Tensor:
-    """Values or FP8 codes with zero columns added up to `cols`."""
+    """Values, FP8 codes or words with zero columns added up to `cols`."""
+    if x.shape[-1] == cols or x.dtype == torch.int32:  # E5M6 is never padded: its rows are whole words
+        return x
     plain = x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
     return torch.nn.functional.pad(plain, (0, cols - x.shape[-1])).view(x.dtype)
 
@@ -111,67 +127,138 @@ def square_kernel(
     x, x_scales, offsets, codes, scales, codes_t, scales_t,
     rows, cols, width, experts, stride_matrix, stride_row, stride_col,
     BLOCK: tl.constexpr, E5M6: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one square. `x_scales`, `offsets`, and both of `codes` and `scales` may be None."""
+    """One program: one square, in patches of ROWS x 8.
+
+    `x_scales`, `offsets`, and both of `codes` and `scales` may be None.
+    """
+    HIGH: tl.constexpr = 128 // ROWS  # patches one above the other
     tiles = tl.cdiv(cols, 128)
     bands = tl.cdiv(width, 128)
-    tile = tl.program_id(0) % tiles
-    band = tl.program_id(0) // tiles
+    tile = tl.program_id(0)
+    band = tl.program_id(1)
+    matrix = tl.program_id(2).to(tl.int64)
     if offsets is None:
-        matrix = (band // bands).to(tl.int64)
-        band = band % bands
         first = band * 128
         read_end = rows
         end = rows
     else:
-        matrix = tl.cast(0, tl.int64)
         first, read_end, end = _expert_rows(offsets, band, rows, experts, EXPERTS)
-
-    index = tl.arange(0, 128)
-    local = (index % 16) * 8 + index // 16
-    row = first + local
-    col = tile * 128 + index
     row_start = first.to(tl.int64)
-    corner = x + matrix * stride_matrix + row_start * stride_row
-    if E5M6:
-        values = _load_e5m6(corner + tile * 48, local, tile, row < read_end, cols, stride_row)
-    else:
-        inside = (row < read_end)[:, None] & (col < cols)[None, :]
-        corner += tile.to(tl.int64) * 128 * stride_col
-        values = tl.load(
-            corner + local[:, None] * stride_row + index[None, :] * stride_col, mask=inside, other=0.0
-        )
-        values = values.to(tl.float32)
-    if x_scales is not None:
-        at = x_scales + row_start * tiles + local * tiles + tile
-        values = values * tl.load(at, mask=row < read_end, other=0.0)[:, None]
+    left = cols - tile * 128
 
-    bits = magnitude_bits(values)
-    stored = (row < end)[:, None] & (col < cols)[None, :]
+    # Addresses are a thread's own part plus a part that all threads share, which costs them nothing.
+    patch = tl.arange(0, 16 * HIGH)
+    row, col = _corner(patch, HIGH, ROWS)
+    readable = tl.where(col < left, read_end - first - row, 0)  # rows of the patch
+    eight = tl.arange(0, 8)[None, :]
+    x += matrix * stride_matrix + row_start * stride_row
+    if E5M6:
+        at = x + tile * 48 + (row * stride_row + col // 8 * 3)
+    else:
+        at = (x + tile.to(tl.int64) * 128 * stride_col + row * stride_row)[:, None]
+        at += (col[:, None] + eight) * stride_col
+    if x_scales is not None:
+        x_scales += row_start * tiles + tile + row * tiles
+    # Row by row, so that the magnitudes of few values wait in registers.
+    kept = ()
+    row_maxima = ()
+    column_maxima = None
+    for step in tl.static_range(ROWS):
+        if E5M6:
+            values = _load_e5m6(at + step * stride_row, step < readable)
+        else:
+            values = tl.load(at + step * stride_row, mask=(step < readable)[:, None], other=0.0)
+            values = values.to(tl.float32)
+        if x_scales is not None:
+            x_scale = tl.load(x_scales + step * tiles, mask=step < readable, other=0.0)
+            values = values * x_scale[:, None]
+        bits = magnitude_bits(values)
+        row_maxima += (tl.max(bits, axis=1),)
+        column_maxima = bits if step == 0 else tl.maximum(column_maxima, bits)
+        kept += (values,)
+
+    column_max = tl.max(tl.reshape(column_maxima, (4, HIGH, 4, 8)), axis=1)
     if BLOCK:
-        scale = kernel_scale(tl.max(tl.max(bits, axis=1), axis=0), POWER_OF_TWO)
-        encoded = kernel_encode(values, scale)
-        encoded_t = encoded
+        scale = kernel_scale(tl.max(tl.reshape(column_max, (128,)), axis=0), POWER_OF_TWO)
+        inverse_t = tl.div_rn(1.0, scale)
         tl.store(scales + (matrix * bands + band) * tiles + tile, scale)
         tl.store(scales_t + (matrix * tiles + tile) * bands + band, scale)
     else:
-        # The scales of both sides in one tensor: the compiler then gives each thread few of them. Alone,
-        # those of the columns would be worked out by every thread that holds a part of the column.
-        both = kernel_scale(tl.join(tl.max(bits, axis=1), tl.max(bits, axis=0)), POWER_OF_TWO)
-        scale, scale_t = tl.split(both)
-        inverse, inverse_t = tl.split(tl.div_rn(1.0, both))
-        encoded_t = (values * inverse_t[None, :]).to(tl.float8e4nv)
-        tl.store(scales_t + col.to(tl.int64) * bands + band, scale_t, mask=(col < cols) & (band < bands))
-        if codes is not None:
-            encoded = (values * inverse[:, None]).to(tl.float8e4nv)
-            tl.store(scales + row_start * tiles + local * tiles + tile, scale, mask=row < end)
+        line = tl.arange(0, 128)
+        if codes is None:
+            scale_t = kernel_scale(_once(tl.reshape(column_max, (4, 32))), POWER_OF_TWO)
+            inverse_t = tl.div_rn(1.0, scale_t)
+        else:
+            row_max = tl.max(tl.reshape(_joined(row_maxima), (4, HIGH, 4, ROWS)), axis=2)
+            row_max = tl.reshape(tl.max(row_max, axis=0), (128,))
+            both = _once(tl.reshape(tl.join(row_max, tl.reshape(column_max, (128,))), (8, 32)))
+            both = kernel_scale(both, POWER_OF_TWO)
+            scale, scale_t = tl.split(tl.reshape(both, (128, 2)))
+            inverse, inverse_t = tl.split(tl.reshape(tl.div_rn(1.0, both), (128, 2)))
+            inverses = tl.broadcast_to(tl.reshape(inverse, (1, HIGH, 1, ROWS)), (4, HIGH, 4, ROWS))
+            inverses = _parted(tl.reshape(inverses, (16 * HIGH, ROWS)), ROWS)
+            tl.store(scales + (row_start + line) * tiles + tile, scale, mask=line < end - first)
+        inverse_t = tl.broadcast_to(tl.reshape(inverse_t, (4, 1, 4, 8)), (4, HIGH, 4, 8))
+        inverse_t = tl.reshape(inverse_t, (16 * HIGH, 8))
+        at_t = scales_t + (tile * 128 + line).to(tl.int64) * bands + band
+        tl.store(at_t, tl.reshape(scale_t, (128,)), mask=(line < left) & (band < bands))
+
     if codes is not None:
-        at = codes + (matrix * rows + row_start) * cols + tile * 128
-        tl.store(at + local[:, None] * cols + index[None, :], encoded, mask=stored)
-    encoded_t = tl.reshape(tl.permute(tl.reshape(encoded_t, (8, 16, 128)), (2, 1, 0)), (128, 128))
-    at = codes_t + (matrix * cols + tile * 128) * width + band * 128
-    stored_t = (col < cols)[:, None] & (band * 128 + index < width)[None, :]
-    tl.store(at + index[:, None] * width + index[None, :], encoded_t, mask=stored_t)
+        writable = tl.where(col < left, end - first - row, 0)
+        at = (codes + (matrix * rows + row_start) * cols + tile * 128 + (row * cols + col))[:, None] + eight
+        for step in tl.static_range(ROWS):
+            scaled = kept[step] * (inverse_t if BLOCK else inverses[step][:, None])
+            tl.store(at + step * cols, scaled.to(tl.float8e4nv), mask=(step < writable)[:, None])
+    scaled_t = ()
+    for step in tl.static_range(ROWS):
+        scaled_t += (kept[step] * inverse_t,)
+    encoded_t = tl.reshape(_joined(scaled_t).to(tl.float8e4nv), (4, HIGH, 4, 8, ROWS))
+    encoded_t = tl.reshape(tl.permute(encoded_t, (3, 0, 1, 2, 4)), (128 * HIGH, ROWS))
+    strip = tl.arange(0, 128 * HIGH)  # a column of a patch, numbered like patches, then along the row
+    row, col = _corner(strip % (16 * HIGH), HIGH, ROWS)
+    token = row[:, None] + tl.arange(0, ROWS)[None, :]
+    at = codes_t + (matrix * cols + tile * 128) * width + band * 128 + col * width
+    at = at[:, None] + token + (strip // (16 * HIGH) * width)[:, None]
+    tl.store(at, encoded_t, mask=(col < left)[:, None] & (token < width - band * 128))
+
+
+@jit
+def _corner(patch, HIGH: tl.constexpr, ROWS: tl.constexpr):
+    """First row and column, within the square, of patches by their numbers."""
+    return patch // 4 % HIGH * ROWS, (patch % 4 + patch // (4 * HIGH) * 4) * 8
+
+
+@jit
+def _once(values):
+    """The same values [n, 32], each in one thread: after a maximum all threads of a row or column hold it,
+    and all would work out its scale. A gather makes the compiler deal them out."""
+    return tl.gather(values, tl.broadcast_to(tl.arange(0, 32)[None, :], values.shape), 1)
+
+
+@jit
+def _joined(parts):
+    """2**n tensors as one, n dimensions of 2 added: the last is the lowest bit of a tensor's number."""
+    if len(parts) == 2:
+        return tl.join(parts[0], parts[1])
+    else:
+        return tl.join(_joined(parts[0::2]), _joined(parts[1::2]))
+
+
+@jit
+def _parted(values, COUNT: tl.constexpr):
+    """The columns of values [n, COUNT], each [n]."""
+    even, odd = tl.split(tl.reshape(values, (values.shape[0], COUNT // 2, 2)))
+    if COUNT == 2:
+        return (tl.reshape(even, (values.shape[0],)), tl.reshape(odd, (values.shape[0],)))
+    else:
+        evens = _parted(even, COUNT // 2)
+        odds = _parted(odd, COUNT // 2)
+        columns = ()
+        for index in tl.static_range(COUNT // 2):
+            columns += (evens[index], odds[index])
+        return columns
 
 
 @jit
@@ -194,20 +281,9 @@ def _expert_rows(offsets, band, rows, experts, EXPERTS: tl.constexpr):
 
 
 @jit
-def _load_e5m6(words, local, tile, valid, cols, stride_row):
-    """Values [128, 128] of packed E5M6 codes: eight of them are three words of 32 bits, lowest bits first."""
-    eight = tl.arange(0, 16)
-    at = words + local[:, None] * stride_row + 3 * eight[None, :]
-    mask = valid[:, None] & (tile * 128 + 8 * eight < cols)[None, :]
-    low = tl.load(at, mask=mask, other=0)
-    middle = tl.load(at + 1, mask=mask, other=0)
-    high = tl.load(at + 2, mask=mask, other=0)
-    # Bits 15 to 4 of each are a code, in the place where an FP16 has it.
-    even = tl.interleave(
-        tl.interleave(low << 4, middle >> 12), tl.interleave((low >> 20 & 0xFF0) | middle << 12, high >> 4)
-    )
-    odd = tl.interleave(
-        tl.interleave(low >> 8, (middle >> 24 & 0xF0) | high << 8), tl.interleave(middle, high >> 16)
-    )
-    codes = tl.interleave(even, odd) & 0xFFF0
-    return codes.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def _load_e5m6(words, mask):
+    """Values [n, 8] of packed E5M6 codes at words [n]: eight of them are three words, lowest bits first."""
+    low = tl.load(words, mask=mask, other=0)
+    middle = tl.load(words + 1, mask=mask, other=0)
+    high = tl.load(words + 2, mask=mask, other=0)
+    return tl.reshape(kernel_decode(low, middle, high), (words.shape[0], 8))

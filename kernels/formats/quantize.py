@@ -170,10 +170,16 @@ def _scale_band(
 
 
 def quantize_tiles_triton(x: torch.Tensor, *, power_of_two: bool = False) -> Quantized:
-    """The Triton kernel for 1x128 tiles: what `quantize_tiles` runs on a GPU."""
+    """The Triton kernels for 1x128 tiles: what `quantize_tiles` runs on a GPU."""
+    from kernels.formats import square  # which imports this file
+
     codes, scales = empty_quantized(x, TILES)
     rows, cols = x.shape
-    if x.numel() > 0:
+    if square.fits(x.t()):
+        square.launch(
+            x.t(), None, None, None, (codes, scales), -(-cols // TILE), rows, power_of_two=power_of_two
+        )
+    elif x.numel() > 0:
         grid = (-(-rows // TILE_ROWS), scales.shape[1])
         with torch.cuda.device_of(x):
             tiles_kernel[grid](

@@ -11,10 +11,17 @@ import torch
 
 from kernels.formats import grouped_quantize, transpose
 from kernels.formats.e5m6 import quantize_e5m6_reference
-from kernels.formats.quantize import BLOCKS, TILES, Quantized, quantize_blocks_triton, quantize_reference
+from kernels.formats.quantize import (
+    BLOCKS,
+    TILES,
+    Quantized,
+    quantize_blocks_triton,
+    quantize_reference,
+    quantize_tiles_triton,
+)
 from tests.kernels.exact_casts import exact_casts
 
-SHAPES = ((1, 1), (7, 129), (129, 144), (200, 48), (0, 5), (5, 0))
+SHAPES = ((1, 1), (7, 129), (129, 144), (200, 48), (160, 144), (0, 5), (5, 0))
 BAD = (torch.nan, -torch.nan, torch.inf, -torch.inf)
 # Tokens of each expert, then rows of no expert.
 SIZES = (([1], 0), ([0, 1, 7, 129, 0, 128, 3, 0], 5), ([0, 0], 0), ([300], 140), ([0, 40, 0], 1), ([0], 200))
@@ -69,6 +76,7 @@ def check_values(generator: torch.Generator) -> None:
             same(found[0], expected[0], "both", shape)
             same(found[1], expected[1], "both, transposed", shape)
             same(found[1], quantize_reference(source.t(), TILES, power_of_two=power_of_two), shape)
+            same(quantize_tiles_triton(source.t(), power_of_two=power_of_two), expected[1], "view", shape)
             found = transpose.quantize_blocks_both_triton(source, power_of_two=power_of_two)
             blocks = quantize_reference(source, BLOCKS, power_of_two=power_of_two)
             same(found[0], blocks, "blocks", shape)

@@ -19,8 +19,10 @@ except ImportError:  # CPU-only installations, and platforms without Triton
     tl = None
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit` where Triton is installed, otherwise the function unchanged."""
+def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`triton.jit` where Triton is installed, else the function unchanged; with `options` a decorator."""
+    if function is None:
+        return lambda kernel: kernel if triton is None else triton.jit(**options)(kernel)
     return function if triton is None else triton.jit(function)
 
 

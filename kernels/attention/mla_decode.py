@@ -207,7 +207,8 @@ def _check_values(page_table: torch.Tensor, lengths: torch.Tensor, page: int, pa
         raise ValueError(f"mla_decode: page_table names a page outside the cache, which has {pages}")
 
 
-@jit
+# Knowing that there is one split, the compiler keeps more in registers than there are, and spills.
+@jit(do_not_specialize=("splits",))
 def decode_kernel(
     query, latents, page_table, lengths, out, parts, lse, heads, pages, splits, begin, scale,
     C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr,

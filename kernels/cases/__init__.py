@@ -37,4 +37,6 @@ FAMILIES = (
 def cases() -> Iterator[Case]:
     """The cases of all families."""
     for family in FAMILIES:
-        yield from family.cases()
+        for case in family.cases():
+            yield case
+            yield from case.with_ones()

@@ -42,4 +42,5 @@ def cases() -> Iterator[Case]:
         constants={"CHUNK": grad_norm.CHUNK},
         aligned=("values", "sums"),
         options=grad_norm.OPTIONS,
+        ones=("count",),
     )

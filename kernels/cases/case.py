@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -15,6 +16,7 @@ class Case:
     is not `exact` uses the hardware's exp and log, which are approximate. A kernel of the FP8 `tensor_core`
     spells out this many `products` of 128 along K, of operands that `tma` brings; one of the
     `bf16_tensor_core` multiplies BF16.
+    Each of `ones` is a size that may be 1: the launcher compiles a kernel anew for that.
     """
 
     name: str
@@ -28,3 +30,17 @@ class Case:
     tma: bool = False
     bf16_tensor_core: bool = False
     exact: bool = True
+    ones: tuple[str, ...] = ()
+
+    def with_ones(self) -> Iterator[Case]:
+        """This case with each of `ones` equal to 1, where the kernel is specialised to it."""
+        never = {one.name for one in getattr(self.kernel, "params", ()) if one.do_not_specialize}
+        for size in self.ones:
+            if size not in never:
+                yield replace(
+                    self,
+                    name=f"{self.name}, {size} = 1",
+                    types={**self.types, size: "1"},
+                    aligned=tuple(name for name in self.aligned if name != size),
+                    ones=(),
+                )

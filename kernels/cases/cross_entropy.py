@@ -34,4 +34,5 @@ def cases() -> Iterator[Case]:
             aligned=("logits", "targets", "losses", *aligned),
             options=cross_entropy.OPTIONS,
             exact=False,
+            ones=() if aligned else ("vocabulary",),
         )

@@ -26,6 +26,7 @@ def cases() -> Iterator[Case]:
             constants={"WORDS": bool(aligned), "ROWS": e5m6.ROWS},
             aligned=("x", "packed", "scales", *aligned),
             options=e5m6.OPTIONS,
+            ones=() if aligned else ("rows", "cols"),
         )
     for dtype, variant, aligned in (("bf16", "", even), ("fp32", "", even), ("bf16", " ragged", ())):
         yield Case(
@@ -35,4 +36,5 @@ def cases() -> Iterator[Case]:
             constants={"WORDS": bool(aligned), "ROWS": e5m6.ROWS},
             aligned=("packed", "scales", "out", *aligned[:2]),
             options=e5m6.OPTIONS,
+            ones=() if aligned else ("rows", "cols"),
         )

@@ -35,6 +35,7 @@ def _rows() -> Iterator[Case]:
                 tensor_core=True,
                 tma=True,
                 products=products(config) + 1,  # and one for the last tile of an expert
+                ones=("GROUPS", "NUM_EXPERTS") if experts == 8 else (),
             )
 
 
@@ -61,4 +62,5 @@ def _sums() -> Iterator[Case]:
                 options=options(config, "fp32"),
                 tensor_core=True,
                 tma=True,
+                ones=("GROUPS", "NUM_EXPERTS") if experts == 8 else (),
             )

@@ -32,6 +32,7 @@ def cases() -> Iterator[Case]:
             constants={"POWER_OF_TWO": power_of_two, "STEPS": steps, "ROWS": norm.rows_together(steps)},
             aligned=(*pointers, *outputs, *aligned),
             options=options,
+            ones=() if aligned else ("cols",),
         )
         even_dy = ("dy_stride_row",) if aligned else ()
         pointers = {"dy": f"*{dtype}", **pointers, "inverse": "*fp32", "dx": f"*{dtype}", "partial": "*fp32"}
@@ -42,6 +43,7 @@ def cases() -> Iterator[Case]:
             constants={"SLAB": norm.SLAB, "STEPS": steps, "ROWS": norm.rows_together(steps)},
             aligned=(*pointers, *aligned, *even_dy),
             options=norm.BACKWARD_OPTIONS[torch.bfloat16 if dtype == "bf16" else torch.float32],
+            ones=() if aligned else ("rows",),
         )
         if aligned and steps != 7:  # the kernel below is the same for every width
             continue
@@ -52,4 +54,5 @@ def cases() -> Iterator[Case]:
             constants={"SUMMED": norm.SUMMED},
             aligned=("partial", "d_weight", *(one for one in aligned if one == "cols")),
             options=norm.OPTIONS,
+            ones=() if aligned else ("slabs", "cols"),
         )

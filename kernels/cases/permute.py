@@ -18,6 +18,7 @@ def cases() -> Iterator[Case]:
             constants={"K": 8, "WEIGHTED": False, "BLOCK": permute.BYTE_BLOCK},
             aligned=("x", "place", "weights", "out", *aligned),
             options=permute.OPTIONS,
+            ones=() if aligned else ("hidden",),
         )
     for slots, dtype, aligned in ((8, "bf16", ("hidden",)), (8, "fp32", ("hidden",)), (1, "bf16", ())):
         name = f"{dtype}, {slots} slots" + ("" if aligned else ", ragged")
@@ -32,6 +33,7 @@ def cases() -> Iterator[Case]:
                 constants=constants,
                 aligned=("x", "place", "weights", "out", *aligned),
                 options=permute.OPTIONS,
+                ones=() if aligned else ("hidden",),
             )
             yield Case(
                 name=f"combine {variant}",
@@ -40,6 +42,7 @@ def cases() -> Iterator[Case]:
                 constants=constants,
                 aligned=("y", "place", "weights", "out", *aligned),
                 options=permute.OPTIONS,
+                ones=() if aligned else ("hidden",),
             )
         yield Case(
             name=f"weight_gradient {name}",
@@ -48,4 +51,5 @@ def cases() -> Iterator[Case]:
             constants={"K": slots, "BLOCK": permute.BLOCK},
             aligned=("y", "grad", "place", "out", *aligned),
             options=permute.OPTIONS,
+            ones=() if aligned else ("hidden",),
         )

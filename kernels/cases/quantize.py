@@ -43,4 +43,5 @@ def cases() -> Iterator[Case]:
                 *(one for one in aligned if name == "quantize_blocks" or one != "stride_matrix"),
             ),
             options=options,
+            ones=("rows", "cols") if variant in ("ragged rows", "rows 2^n") else (),
         )

@@ -41,6 +41,7 @@ def cases() -> Iterator[Case]:
             },
             aligned=(*inputs, *weight, *outputs, *aligned),
             options=swiglu.OPTIONS,
+            ones=() if aligned else ("width",),
         )
         dy = "fp32" if dtype == "fp32" else "bf16"
         gradients = {"d_both": f"*{dy}", **({"d_weights": f"*{weights}"} if weights else {})}
@@ -51,4 +52,5 @@ def cases() -> Iterator[Case]:
             constants={**absent, **({} if weights else {"weights": None, "d_weights": None}), **whole},
             aligned=("dy", *inputs, *weight, *gradients, *aligned, *(("dy_stride_row",) if aligned else ())),
             options=swiglu.OPTIONS,
+            ones=() if aligned else ("width",),
         )

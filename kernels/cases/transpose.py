@@ -65,4 +65,5 @@ def cases() -> Iterator[Case]:
             },
             aligned=(*present, "stride_matrix", "stride_row", *aligned),
             options=square.OPTIONS,
+            ones=("rows", "experts"),
         )

@@ -122,7 +122,8 @@ def experts_range(experts: int) -> int:
     return 256 if length == 128 else length
 
 
-@jit
+# Knowing that there is one row, Triton (3.6, 3.7) leaves code on which ptxas crashes.
+@jit(do_not_specialize=("rows", "experts"))
 def square_kernel(
     x, x_scales, offsets, codes, scales, codes_t, scales_t,
     rows, cols, width, experts, stride_matrix, stride_row, stride_col,

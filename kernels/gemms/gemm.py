@@ -22,6 +22,7 @@ from kernels.formats.quantize import TILE, TILES, Quantized, dequantize
 from kernels.gemms.gemm_tiles import (
     BAND,
     BLOCK_CONFIGS,
+    STEPS,
     TILE_CONFIGS,
     Config,
     b_pieces,
@@ -169,7 +170,7 @@ def _check_out(a: Quantized, b: Quantized, out: torch.Tensor) -> None:
         raise ValueError(f"gemm_add: out is on {out.device} and a on {a.codes.device}; move one of them")
 
 
-@jit
+@jit(do_not_specialize=STEPS)
 def gemm_kernel(
     a, a_scales, wide_b, narrow_b, b_scales, wide_out, narrow_out, out,
     M, N, GROUPS, B_SCALE_STRIDE, OUT_STRIDE,

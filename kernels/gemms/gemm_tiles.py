@@ -27,6 +27,9 @@ from kernels.backend import jit, tl, triton
 from kernels.formats.quantize import TILE
 
 BAND = 8  # rows of output tiles walked together, so that their operands stay in the L2 cache
+# Not compiled anew for a sum of one step: that is no loop, and the compiler then pipelines the loop over
+# output tiles, in more shared memory than there is.
+STEPS = ("GROUPS",)
 FEWEST_STAGES = 3  # steps in shared memory: one in use, one ready, one on its way
 
 

@@ -24,6 +24,7 @@ from kernels.gemms.gemm_tiles import (
     LARGE,
     MEDIUM,
     SMALL,
+    STEPS,
     TILE_CONFIGS,
     Config,
     b_pieces,
@@ -236,7 +237,7 @@ def _check_k(a: Quantized, b: Quantized, offsets: torch.Tensor, out: torch.Tenso
             )
 
 
-@jit
+@jit(do_not_specialize=STEPS)
 def grouped_gemm_kernel(
     a, a_scales, wide_b, narrow_b, b_scales, offsets, wide_out, narrow_out, out,
     TOKENS, NUM_EXPERTS, N, GROUPS, OUT_STRIDE,
@@ -322,7 +323,7 @@ def expert_sums(
     )  # fmt: skip
 
 
-@jit
+@jit(do_not_specialize=STEPS)
 def grouped_gemm_k_kernel(
     a, a_scales, b, b_scales, offsets, wide_out, out,
     NUM_EXPERTS, N, K, GROUPS, B_SCALE_STRIDE, EXPERT_STRIDE, OUT_STRIDE,

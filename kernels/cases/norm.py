@@ -28,21 +28,22 @@ def cases() -> Iterator[Case]:
         yield Case(
             name=f"rmsnorm_quantize {name}{' 2^n' if power_of_two else ''}, {steps} steps",
             kernel=norm.quantize_kernel,
-            types={**pointers, **outputs, "rows": "i32", "cols": "i32", "eps": "fp32", **strides},
-            constants={"POWER_OF_TWO": power_of_two, "STEPS": steps, "ROWS": norm.rows_together(steps)},
+            types={**pointers, **outputs, "cols": "i32", "eps": "fp32", **strides},
+            constants={"POWER_OF_TWO": power_of_two, "STEPS": steps},
             aligned=(*pointers, *outputs, *aligned),
             options=options,
             ones=() if aligned else ("cols",),
         )
         even_dy = ("dy_stride_row",) if aligned else ()
         pointers = {"dy": f"*{dtype}", **pointers, "inverse": "*fp32", "dx": f"*{dtype}", "partial": "*fp32"}
+        shape = norm.backward_shape(steps, torch.bfloat16 if dtype == "bf16" else torch.float32)
         yield Case(
             name=f"rmsnorm_backward {name}, {steps} steps",
             kernel=norm.backward_kernel,
             types={**pointers, "rows": "i32", "cols": "i32", **both_strides},
-            constants={"SLAB": norm.SLAB, "STEPS": steps, "ROWS": norm.rows_together(steps)},
+            constants={"SLAB": norm.SLAB, "STEPS": steps, "ROWS": shape.pop("ROWS")},
             aligned=(*pointers, *aligned, *even_dy),
-            options=norm.BACKWARD_OPTIONS[torch.bfloat16 if dtype == "bf16" else torch.float32],
+            options=shape,
             ones=() if aligned else ("rows",),
         )
         if aligned and steps != 7:  # the kernel below is the same for every width

@@ -48,6 +48,7 @@ def cases() -> Iterator[Case]:
             "codes_t": "*fp8e4nv",
             "scales_t": "*fp32",
         }
+        patches = square.patches_for(both=bool(outputs), block=block)
         present = (*inputs, *outputs, "codes_t", "scales_t")
         ragged = [size for size in EVEN if size not in aligned and not (experts and size == "rows")]
         yield Case(
@@ -61,9 +62,9 @@ def cases() -> Iterator[Case]:
                 "E5M6": source == "i32",
                 "POWER_OF_TWO": power_of_two,
                 "EXPERTS": square.experts_range(experts),
-                "ROWS": square.PATCH_ROWS,
+                "ROWS": patches.rows,
             },
             aligned=(*present, "stride_matrix", "stride_row", *aligned),
-            options=square.OPTIONS,
+            options=patches.options,
             ones=("rows", "experts"),
         )

@@ -6,15 +6,16 @@ columns (transposed), or both. So every scale is found within one program.
     x         values (FP32, BF16), or FP8 codes with `x_scales` of 1x128 tiles, or E5M6 words
     offsets   rows belong to experts: squares start anew at each expert's first row
 
-No value changes threads. A thread holds a patch of 8 x 8 values: eight loads along rows, then eight stores of
-eight codes along rows and eight along columns. Four neighbouring lanes read 128 bytes of a row (BF16) and
-fill 32 bytes of its codes; eight lanes fill 64 bytes along a column. So shared memory carries maxima and
-scales only. Patches are numbered along one dimension, lowest bits first: four across, all down, four across;
-the compiler deals them out to lanes and then to warps in this order, whatever its version.
+No value changes threads. A thread holds a patch of 8 x 8 or 16 x 8 values: a load for each of its rows, then
+a store of codes for each row, and one for each column. Four neighbouring lanes read 128 bytes of a row (BF16)
+and fill 32 bytes of its codes; eight lanes fill 64 or 128 bytes along a column. So shared memory carries
+maxima and scales only. Patches are numbered along one dimension, lowest bits first: four across, all down,
+four across; the compiler deals them out to lanes and then to warps in this order, whatever its version.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +24,28 @@ from kernels.backend import jit, tl
 from kernels.formats.e5m6 import kernel_decode
 from kernels.formats.quantize import TILE, kernel_scale, magnitude_bits
 
-PATCH_ROWS = 8
-# One thread for each patch. Without fusion every operation rounds on its own, as in the reference.
-OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
+
+@dataclass(frozen=True)
+class Patches:
+    """A launch shape: patches of `rows` x 8 values, one for each thread."""
+
+    rows: int
+    options: dict[str, Any]
+
+
+# Without fusion every operation rounds on its own, as in the reference. Measured on an H200, in microseconds:
+#
+#     function              shape             8x8      16x8
+#     quantize_both         4096 x 7168      45.2      50.2   maxima of rows and of columns: more registers
+#     quantize_tokens_both  32768 x 4096    191.5     190.1
+#     quantize_blocks_both  24576 x 1536     45.8      43.1
+#     requantize_transpose  4096 x 7168      32.2      29.7   FP8
+#     requantize_transpose  4096 x 16384     76.5      62.0   E5M6
+#     quantize_tokens       32768 x 4096    130.7     113.5
+#     requantize_tokens     32768 x 4096    133.7     119.9
+BOTH = Patches(8, {"num_warps": 8, "enable_fp_fusion": False})
+# With 168 registers three programs share a multiprocessor; without a limit, quantize_blocks_both takes 44.8.
+ONE = Patches(16, {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": False})
 # Rows start at multiples of 16 values, in what is read and in both that are written: other sizes are padded,
 # since loads and stores of single values spread a row over so many threads that the kernel spills registers.
 ALIGNED = 16
@@ -85,13 +105,19 @@ def launch(
             f"sizes from {LONGEST} on, and more than {MOST} bands of {TILE} rows, are not supported: split it"
         )
     experts = 0 if offsets is None else offsets.numel() - 1
+    patches = patches_for(both=codes is not None, block=block)
     with torch.cuda.device_of(x):
         square_kernel[(-(-cols // TILE), bands, matrix.shape[0])](
             matrix, x_scales, offsets, codes, scales, codes_t, scales_t,
             rows, cols, width, experts, *strides,
             BLOCK=block, E5M6=e5m6, POWER_OF_TWO=power_of_two, EXPERTS=experts_range(experts),
-            ROWS=PATCH_ROWS, **OPTIONS,
+            ROWS=patches.rows, **patches.options,
         )  # fmt: skip
+
+
+def patches_for(*, both: bool, block: bool) -> Patches:
+    """The launch shape for codes along `both` sides or columns alone, scales of tiles or of a `block`."""
+    return BOTH if both and not block else ONE
 
 
 def fits(x: torch.Tensor) -> bool:

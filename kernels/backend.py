@@ -17,13 +17,30 @@ try:
 except ImportError:  # CPU-only installations, and platforms without Triton
     triton = None
     tl = None
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+except ImportError:
+    gluon = gl = hopper = None
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """`triton.jit` where Triton is installed, else the function unchanged; with `options` a decorator."""
+    return _compiled_by(triton, function, options)
+
+
+def gluon_jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """The same with `gluon.jit`: Gluon is Triton's language in which layouts and barriers are spelled out."""
+    return _compiled_by(gluon, function, options)
+
+
+def _compiled_by(compiler: Any, function: Callable[..., Any] | None, options: dict[str, Any]) -> Any:
     if function is None:
-        return lambda kernel: kernel if triton is None else triton.jit(**options)(kernel)
-    return function if triton is None else triton.jit(function)
+        return lambda kernel: _compiled_by(compiler, kernel, options)
+    if compiler is None:
+        return function
+    return compiler.jit(**options)(function) if options else compiler.jit(function)
 
 
 def runs_triton(tensor: torch.Tensor, *, e4m3: bool = True) -> bool:

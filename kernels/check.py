@@ -24,6 +24,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kernels.backend import triton
 from kernels.cases import cases
@@ -84,7 +85,7 @@ def compile_case(case: Case) -> Compiled:
         raise RuntimeError("kernels.check: TRITON_INTERPRET is set, which replaces the compiler; unset it")
     names = case.kernel.arg_names
     constants = {**case.constants, **{name: 1 for name, kind in case.types.items() if kind == "1"}}
-    source = triton.compiler.ASTSource(
+    source = _source(case)(
         fn=case.kernel,
         signature={name: "constexpr" if name in constants else case.types[name] for name in names},
         constexprs=constants,
@@ -107,6 +108,16 @@ def compile_case(case: Case) -> Compiled:
         tma_loads=sass.count("UTMALDG"),
         beside_wgmma=_beside_wgmma(sass),
     )
+
+
+def _source(case: Case) -> Any:
+    if not case.gluon:
+        return triton.compiler.ASTSource
+    from triton.experimental.gluon._runtime import (
+        GluonASTSource,  # what its launcher uses; there is no other name
+    )
+
+    return GluonASTSource
 
 
 def _beside_wgmma(sass: str) -> int:

@@ -15,7 +15,7 @@ class Case:
     `aligned` are known to be multiples of 16, as the launcher finds them for usual sizes. A kernel that
     is not `exact` uses the hardware's exp and log, which are approximate. A kernel of the FP8 `tensor_core`
     spells out this many `products` of 128 along K, of operands that `tma` brings; one of the
-    `bf16_tensor_core` multiplies BF16.
+    `bf16_tensor_core` multiplies BF16. One in `gluon` is made by another front end of the compiler.
     Each of `ones` is a size that may be 1: the launcher compiles a kernel anew for that.
     """
 
@@ -29,6 +29,7 @@ class Case:
     products: int = 1
     tma: bool = False
     bf16_tensor_core: bool = False
+    gluon: bool = False
     exact: bool = True
     ones: tuple[str, ...] = ()
 

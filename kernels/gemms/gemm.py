@@ -19,9 +19,11 @@ import torch
 
 from kernels.backend import jit, runs_triton, tl
 from kernels.formats.quantize import TILE, TILES, Quantized, dequantize
+from kernels.gemms import hopper_gemm
 from kernels.gemms.gemm_tiles import (
     BAND,
     BLOCK_CONFIGS,
+    SMALL,
     STEPS,
     TILE_CONFIGS,
     Config,
@@ -132,6 +134,9 @@ def configs_for(b_block: tuple[int, int], *, add: bool = False) -> tuple[Config,
 def _launch(a: Quantized, b: Quantized, out: torch.Tensor, config: Config | None, *, add: bool) -> None:
     (m, n), device = out.shape, out.device
     tiles = b.block == TILES
+    if config is None and not (tiles or add) and m > SMALL.block_m and hopper_gemm.supported(device):
+        hopper_gemm.launch(whole_groups(a.codes), a.scales, whole_groups(b.codes), b.scales, out)
+        return
     config = config or choose(configs_for(b.block, add=add), m, n, out.dtype, device)
     b_scales = scales_by_group(b.scales) if tiles else b.scales
     with torch.cuda.device_of(out):

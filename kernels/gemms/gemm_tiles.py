@@ -170,13 +170,21 @@ def descriptor(tensor: torch.Tensor, block: list[int]) -> Any:
     """The TMA descriptor of a tensor, for blocks of shape `block` (in the last dimensions, else 1)."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # Triton is optional
 
-    # Where a dimension is 1, any stride counts as contiguous, also one that TMA refuses.
+    whole = [1] * (tensor.dim() - len(block)) + block
+    return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), whole)
+
+
+def tma_strides(tensor: torch.Tensor) -> list[int]:
+    """The strides of a tensor, as TMA takes them.
+
+    Where a dimension is 1, any stride counts as contiguous, also one that TMA refuses.
+    """
     strides = [1]
     for size, stride, inner in reversed(
         list(zip(tensor.shape[:-1], tensor.stride()[:-1], tensor.shape[1:], strict=True))
     ):
         strides.insert(0, stride if size > 1 else _whole_lines(inner * strides[0], tensor.dtype))
-    return TensorDescriptor(tensor, list(tensor.shape), strides, [1] * (tensor.dim() - len(block)) + block)
+    return strides
 
 
 def _whole_lines(values: int, dtype: torch.dtype) -> int:

@@ -19,6 +19,7 @@ from kernels.backend import jit, runs_triton, tl
 from kernels.formats.grouped_quantize import QuantizedExperts, check_offsets, group_starts
 from kernels.formats.quantize import TILE, TILES, Quantized, dequantize
 from kernels.formats.square import experts_range
+from kernels.gemms import hopper_gemm
 from kernels.gemms.gemm_tiles import (
     BAND,
     LARGE,
@@ -78,8 +79,11 @@ def grouped_gemm_triton(
     if tokens == 0 or n == 0 or k == 0:
         return torch.zeros((tokens, n), dtype=out_dtype, device=device)
     out = empty_rows((tokens, n), out_dtype, device)
-    config = config or config_for(tokens, experts, n, out_dtype, device)
     b_codes = whole_groups(b.codes)
+    if config is None and tokens > SMALL.block_m * experts and hopper_gemm.supported(device):
+        hopper_gemm.launch(whole_groups(a.codes), a.scales, b_codes, b.scales, out, offsets)
+        return out.contiguous()
+    config = config or config_for(tokens, experts, n, out_dtype, device)
     # The rows of no expert count as one more; each expert can add at most one tile that is not full.
     most = (-(-tokens // config.block_m) + experts) * -(-n // config.block_n)
     with torch.cuda.device_of(out):

@@ -1,0 +1,1 @@
+"""Parallel training: pipeline schedules as data."""

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True)
 class Row:
@@ -63,6 +61,8 @@ def guarded(name: str, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
+    import torch  # here, so that reading and writing figures needs no torch
+
     on_gpu = torch.cuda.is_available()
     try:
         triton = importlib.metadata.version("triton")

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from infra.cluster.counts.accounting import training_operations
 from infra.errors import HeadwaterError
 from model.ema import EMA
-from model.flops import peak_flops, training_flops
+from model.flops import peak_flops
 from model.guard import Guard, GuardConfig
 from model.lanes import Lanes
 from model.loss import cross_entropy_sum, next_token_losses
@@ -151,7 +152,7 @@ def train(
             position.tokens += tokens
             figures["tokens_per_second"] = tokens / (time.perf_counter() - started)
             if peak:
-                work = training_flops(model.config, length, mtp=step.mtp_weight > 0)
+                work = training_operations(model.config, length, mtp=step.mtp_weight > 0).total
                 figures["mfu"] = figures["tokens_per_second"] * work / peak
             last = schedule(position) is None
             keep = last or position.step % config.checkpoint_every == 0

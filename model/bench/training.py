@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infra.cluster.counts.accounting import training_operations
 from kernels.figures import Row, at_least, at_most
 from model.allocations import allocations
 from model.bench.setting import BEST, CONFIG, FP32, LENGTH, ROWS, in_turns, median_seconds, peer, ratio
 from model.config import ModelConfig
-from model.flops import training_flops
 from model.heap import keep_freed_memory
 from model.hf import write_weights
 from model.lanes import Lanes
@@ -121,7 +121,7 @@ def training(rounds: int, threads: int) -> list[Row]:
             steps[name] = peer_step(peer(Path(folder), settings), tokens_BT)
     taken = in_turns(steps, rounds)
     count = ROWS * LENGTH
-    work = training_flops(CONFIG, LENGTH) * count
+    work = training_operations(CONFIG, LENGTH).total * count
     for precision, dtype, (name, _), goal in (
         ("fp32", torch.float32, FP32, 1.4),
         ("bf16", torch.bfloat16, BEST, 2.0),

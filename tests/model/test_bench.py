@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from infra.cluster.counts.accounting import forward_operations
 from model.bench.setting import CONFIG, in_turns
 from model.bench.training import limit_seconds, our_step, products
-from model.flops import attention_flops, training_flops
 from model.transformer import build
 from tests.model.tiny import TINY, tokens
 
@@ -14,8 +14,8 @@ from tests.model.tiny import TINY, tokens
 def test_the_products_are_all_the_operations_but_attentions_own(config):
     length, rows = 32, 6
     counted = 3 * 2.0 * sum(n * m * k * o for n, m, k, o in products(config, rows * length))
-    # Norms are counted as weights there, and are no products.
-    expected = training_flops(config, length) - 3 * attention_flops(config, length)
+    work = forward_operations(config, length)
+    expected = 3 * (work.total - work.attention_core)
     assert counted == pytest.approx(expected * rows * length, rel=1e-2)
 
 

@@ -1,0 +1,1 @@
+"""What a model counts to: weights, operations, cache."""

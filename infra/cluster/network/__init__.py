@@ -1,0 +1,1 @@
+"""What crosses the network, what it is built of, and what is left when a part fails."""

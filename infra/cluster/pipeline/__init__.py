@@ -1,0 +1,1 @@
+"""Pipeline schedules replayed: durations, timelines, traces."""

@@ -16,11 +16,11 @@ from typing import Any
 import pydantic
 import yaml
 
-from infra.config import StageConfig, parse
+from infra.config import Config, parse
 from infra.errors import ConfigError
 
 
-def validate(kind: type[StageConfig], given: Mapping[str, Any], where: str) -> StageConfig:
+def validate(kind: type[Config], given: Mapping[str, Any], where: str) -> Config:
     """A config of `kind` from what the user wrote; ConfigError names the path of each wrong field."""
     return parse(kind, _overlay(kind, None, given), where)
 

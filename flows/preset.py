@@ -9,6 +9,7 @@ cycle.
     description: one line
     defaults: {seed: 0, threads: 1}        # laid under every node whose config has the field
     parallel: 2                            # nodes at once; left out: the DAG's width, up to the cores
+    cluster: {machine: h800, gpus: 2048}   # what `headwater plan` lays the training out on
     stages: [my_stages]                    # folders with more stage files, relative to this file
     nodes:
       pack:
@@ -26,11 +27,12 @@ from __future__ import annotations
 import importlib.resources
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flows import registry
+from flows.cluster import ClusterConfig
 from flows.gates import Gate, Promotion, read_gates, read_promotion
 from flows.overlay import read_yaml, validate
 from infra.config import StageConfig
@@ -38,7 +40,7 @@ from infra.errors import ConfigError, StoreError, nearest
 from infra.names import check_name
 from infra.stage import Stage
 
-_KEYS = ("name", "description", "defaults", "parallel", "stages", "nodes", "promote", "gates")
+_KEYS = ("name", "description", "defaults", "parallel", "cluster", "stages", "nodes", "promote", "gates")
 _NODE_KEYS = ("stage", "inputs", "config")
 
 
@@ -70,6 +72,7 @@ class Preset:
     folders: tuple[Path, ...]
     promote: Promotion | None
     gates: tuple[Gate, ...]
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     # How to load it again, "" for a preset that was put together in memory.
     source: str = ""
     sets: tuple[str, ...] = ()
@@ -135,10 +138,11 @@ def load(name_or_path: str, sets: Sequence[str] = ()) -> Preset:
     if not raw:
         raise ConfigError(f"{where}: nodes: a preset needs at least one node")
     defaults = dict(_mapping(document.get("defaults"), f"{where}: defaults"))
+    cluster = dict(_mapping(document.get("cluster"), f"{where}: cluster"))
     settings = read_settings(sets)
     for path, value, text in settings:
-        if path[0] == "defaults":
-            assign(defaults, path[1:], value, text)
+        if path[0] in ("defaults", "cluster"):
+            assign(defaults if path[0] == "defaults" else cluster, path[1:], value, text)
         elif path[0] not in raw:
             raise ConfigError(f"--set {text}: preset {name} has no node {path[0]!r}; {nearest(path[0], raw)}")
     nodes = {}
@@ -157,6 +161,7 @@ def load(name_or_path: str, sets: Sequence[str] = ()) -> Preset:
         folders=folders,
         promote=read_promotion(document.get("promote"), nodes, f"{where}: promote"),
         gates=read_gates(document.get("gates"), nodes, f"{where}: gates"),
+        cluster=validate(ClusterConfig, cluster, f"{where}: cluster"),
         source=name_or_path if name_or_path in shipped() else str(Path(name_or_path).absolute()),
         sets=tuple(_as_taken(path, value, text, nodes) for path, value, text in settings),
     )
@@ -197,8 +202,10 @@ def _node(
     where: str,
 ) -> Node:
     place = f"{where}: nodes.{name}"
-    if not isinstance(name, str) or not name.isidentifier() or name == "defaults":
-        raise ConfigError(f"{place}: a node's name is made of letters, digits and _ (and is not 'defaults')")
+    if not isinstance(name, str) or not name.isidentifier() or name in ("defaults", "cluster"):
+        raise ConfigError(
+            f"{place}: a node's name is made of letters, digits and _ (and is not 'defaults' or 'cluster')"
+        )
     body = _mapping(body, place)
     _known(body, _NODE_KEYS, place)
     kind = body.get("stage", name)
@@ -263,22 +270,22 @@ def _check_shared(nodes: Mapping[str, Node], where: str) -> None:
     first: dict[str, Node] = {}
     for node in nodes.values():
         other = first.setdefault(node.stage.name, node)
-        for field in node.stage.shared:
-            one, two = (getattr(each.config, field) for each in (other, node))
+        for name in node.stage.shared:
+            one, two = (getattr(each.config, name) for each in (other, node))
             if one != two:
                 raise ConfigError(
-                    f"{where}: nodes.{other.name} and nodes.{node.name}: {field} is {one!r} and {two!r}; "
+                    f"{where}: nodes.{other.name} and nodes.{node.name}: {name} is {one!r} and {two!r}; "
                     f"all nodes of stage {node.stage.name} in a preset must have the same "
-                    f"(set defaults.{field})"
+                    f"(set defaults.{name})"
                 )
 
 
 def _check_defaults(defaults: Mapping[str, Any], nodes: Mapping[str, Node], where: str) -> None:
-    known = {field for node in nodes.values() for field in node.stage.config.model_fields}
-    for field in defaults:
-        if field not in known:
+    known = {name for node in nodes.values() for name in node.stage.config.model_fields}
+    for name in defaults:
+        if name not in known:
             raise ConfigError(
-                f"{where}: defaults.{field}: no stage of this preset has it; {nearest(str(field), known)}"
+                f"{where}: defaults.{name}: no stage of this preset has it; {nearest(str(name), known)}"
             )
 
 

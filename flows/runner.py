@@ -18,6 +18,7 @@ from flows.execute import Listen, Outcome, Task, execute
 from flows.preset import Node, Preset
 from infra import build, hardware, mend
 from infra.artifact import Artifact
+from infra.config import ModelStageConfig
 from infra.errors import ConfigError, CorruptArtifact, UnknownReference, nearest
 from infra.store import Store
 
@@ -71,7 +72,8 @@ class Pipeline:
         options: Options | None = None,
         listen: Listen = print,
     ) -> None:
-        """Raises ConfigError when --from or --to name no node, or nothing is left between them."""
+        """Raises ConfigError when --from or --to name no node, nothing is left between them, or what is left
+        wants a cluster."""
         self.store = store
         self.preset = preset
         self.run = run or preset.name
@@ -79,6 +81,7 @@ class Pipeline:
         self.listen = listen
         self.outcomes: dict[str, Outcome] = {}
         self.wanted = self._wanted()
+        self._refuse_cluster()
         self.cores = hardware.available_cores()
         self.parallel = self.options.parallel or places(preset)
         self._began = time.monotonic()
@@ -173,6 +176,21 @@ class Pipeline:
         if not wanted:
             raise ConfigError(f"--to {', '.join(stop)} is not made from --from {', '.join(start)}")
         return wanted
+
+    def _refuse_cluster(self) -> None:
+        """A model that is laid out on many GPUs must not be tried on one, hours after its data were made."""
+        gpus = self.preset.cluster.gpus
+        models = [
+            name
+            for name, node in self.preset.nodes.items()
+            if name in self.wanted and isinstance(node.config, ModelStageConfig)
+        ]
+        if gpus > 1 and models:
+            raise ConfigError(
+                f"cluster.gpus is {gpus}, and this version runs models on one: {', '.join(models)} cannot be "
+                "built. Plan them with `headwater plan`, build them on this machine with "
+                "--set cluster.gpus=1, or stop before them with --to"
+            )
 
     def _resolve(self, name: str) -> None:
         node = self.preset.nodes[name]

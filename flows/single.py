@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from flows.cluster import ClusterConfig
 from flows.overlay import validate
 from flows.preset import Node, Preset, assign, load, read_settings
 from flows.runner import places
@@ -43,7 +44,7 @@ def from_run(
     full = load(info["preset"], [*info.get("sets", []), *sets])
     node = full.node(name)
     for path, _, text in read_settings(sets):
-        if path[0] not in (node.name, "defaults"):
+        if path[0] not in (node.name, "defaults", "cluster"):
             raise ConfigError(f"--set {text}: this builds {node.name} alone and takes {path[0]} as it is")
     inputs = {
         role: tuple(one if one[0] == "@" else f"@{run}/{one}" for one in names)
@@ -51,7 +52,7 @@ def from_run(
     }
     inputs |= _references(node.stage, refs or {})
     # The share of the machine is that of the run, so that threads, and with them the bits, are the same.
-    return _one(dataclasses.replace(node, inputs=inputs), full.folders, places(full))
+    return _one(dataclasses.replace(node, inputs=inputs), full.folders, places(full), full.cluster)
 
 
 def from_stage(
@@ -85,7 +86,9 @@ def _references(stage: Stage, refs: Mapping[str, Sequence[str]]) -> dict[str, tu
     return {role: tuple(f"@{ref}" for ref in listed) for role, listed in refs.items() if listed}
 
 
-def _one(node: Node, folders: tuple[Path, ...], parallel: int) -> Preset:
+def _one(
+    node: Node, folders: tuple[Path, ...], parallel: int, cluster: ClusterConfig | None = None
+) -> Preset:
     return Preset(
         name=node.name,
         description=node.stage.description,
@@ -94,4 +97,5 @@ def _one(node: Node, folders: tuple[Path, ...], parallel: int) -> Preset:
         folders=folders,
         promote=None,
         gates=(),
+        cluster=cluster or ClusterConfig(),
     )

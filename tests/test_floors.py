@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"kernels": 0, "infra": 1, "model": 2, "data": 3, "post_training": 4, "flows": 5}
 STRANGERS = {("data", "model"), ("model", "data")}
 """Rooms that do not know each other although one is above the other."""
-BARE = {"kernels", "model", "infra/parallel"}
+BARE = {"kernels", "model", "infra/parallel", "infra/cluster"}
 BARE_PACKAGES = {"torch", "triton", "numpy", "safetensors"}
 PEERS = {"deep_gemm", "transformers"}
 """Compared with by a bench where they are installed; nothing depends on them."""
-DRAWING = ("kernels/experiments/", "model/precision_study/")
+DRAWING = ("kernels/experiments/", "model/precision_study/", "infra/cluster/pipeline/timeline.py")
 """Where matplotlib draws figures after they were written, if it is installed."""
 LONGEST = 450
 

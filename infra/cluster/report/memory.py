@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from infra.cluster.plan import Plan
 from infra.cluster.report.chapter import Chapter, Table, figure
-from infra.cluster.training.stages import notes
+from infra.cluster.shape import ModelShape
+from infra.cluster.training.layout import Layout
+from infra.cluster.training.memory import stage_kept
+from infra.cluster.training.stages import notes, stage_layers
 
 GIB = 2**30
 
@@ -29,6 +32,7 @@ def memory_chapter(plan: Plan) -> Chapter:
         for rank, each in enumerate(fit.ranks)
     ]
     tables = [Table("GiB of one GPU by pipeline rank", ("rank", *names, "total", "live"), tuple(lines))]
+    tables.append(_stages(plan.request.shape, step.layout))
     if fit.levers:
         tables.append(
             Table(
@@ -39,3 +43,12 @@ def memory_chapter(plan: Plan) -> Chapter:
         )
     told = (f"It {fit.explanation()}.", *(f"{note}." for note in notes(plan.request.shape, step.layout)))
     return Chapter("Memory", rows, tuple(tables), told)
+
+
+def _stages(shape: ModelShape, layout: Layout) -> Table:
+    """What each stage keeps of a micro-batch from its forward to its backward pass."""
+    lines = tuple(
+        (f"stage {stage}", len(layers), layout.micro_tokens * stage_kept(shape, layout, stage) / GIB)
+        for stage, layers in enumerate(stage_layers(shape, layout))
+    )
+    return Table("Activations of one micro-batch by stage", ("stage", "layers", "GiB a GPU"), lines)

@@ -44,7 +44,11 @@ def one_by_one(self, x, counts, weights_P1) -> Tensor:
 
 
 def test_training_follows_the_experts_one_by_one(tmp_path, monkeypatch) -> None:
-    """The same data and the same start; roundings differ, what is learned does not."""
+    """The same data and the same start; roundings differ, what is learned does not.
+
+    Before the first update the losses agree closely. Every update then amplifies what roundings change, by
+    other amounts on other CPUs: BF16 training of the same model is up to 4% away after five steps.
+    """
     settings = {"steps": 5, "lr": 0.004, "micro_rows": 2, "mtp_weight": 0.0}
     run(tmp_path, tiny(precision="fp8"), Rows(4, 24), **settings)
     found = [loss(line) for line in losses(tmp_path)]
@@ -63,7 +67,10 @@ def test_training_follows_the_experts_one_by_one(tmp_path, monkeypatch) -> None:
     expected = [loss(line) for line in losses(tmp_path)]
     assert len(found) == len(expected) == 5
     assert expected[-1] < 0.95 * expected[0]
-    assert max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)) < 0.02
+    apart = [abs(a / b - 1) for a, b in zip(found, expected, strict=True)]
+    assert apart[0] < 1e-3
+    assert apart[1] < 1e-2
+    assert max(apart) < 5e-2
     assert found != expected
 
 

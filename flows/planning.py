@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 from flows.cluster import ClusterConfig, ServingUnit
 from flows.preset import Node, Preset
@@ -33,7 +34,17 @@ def planned(preset: Preset, times: StageTimes | None = None) -> Plan:
     length = _length(preset, node)
     machine = load_machine(cluster.machine)
     phases = [
-        (node, TrainingPhase("pretraining", config.tokens, length, config.batch_rows, config.micro_rows))
+        (
+            node,
+            TrainingPhase(
+                "pretraining",
+                config.tokens,
+                length,
+                config.batch_rows,
+                config.micro_rows,
+                **_kept(preset, config),
+            ),
+        )
     ]
     for other in nodes:
         if other.stage.name == "extend":
@@ -41,7 +52,10 @@ def planned(preset: Preset, times: StageTimes | None = None) -> Plan:
             for number, phase in enumerate(own.phases):
                 name = other.name if len(own.phases) == 1 else f"{other.name} {number + 1}"
                 tokens = phase.steps * own.batch_rows * rows
-                phases.append((other, TrainingPhase(name, tokens, rows, own.batch_rows, own.micro_rows)))
+                kept = _kept(preset, own)
+                phases.append(
+                    (other, TrainingPhase(name, tokens, rows, own.batch_rows, own.micro_rows, **kept))
+                )
     try:
         layout = Layout(
             gpus=cluster.gpus,
@@ -52,9 +66,7 @@ def planned(preset: Preset, times: StageTimes | None = None) -> Plan:
             micro_batch=config.micro_rows,
             length=length,
             global_batch=config.batch_rows,
-            precision=config.precision,
-            recompute=frozenset(cluster.recompute) or (MODEL_RECOMPUTES if config.recompute else frozenset()),
-            moments=config.moments,
+            **_kept(preset, config),
         )
         made = plan(
             Request(
@@ -85,6 +97,12 @@ def planned(preset: Preset, times: StageTimes | None = None) -> Plan:
     return replace(made, fit=_levers_as_set(made.fit, preset, node), extensions=extensions)
 
 
+def _kept(preset: Preset, config: Any) -> dict[str, Any]:
+    """Formats that a node trains in, and what it makes again going back."""
+    again = frozenset(preset.cluster.recompute) or (MODEL_RECOMPUTES if config.recompute else frozenset())
+    return {"precision": config.precision, "moments": config.moments, "recompute": again}
+
+
 def searched(preset: Preset) -> tuple[ModelShape, Space, Machine]:
     """What a search for layouts of a preset's pretraining is given.
 
@@ -93,12 +111,11 @@ def searched(preset: Preset) -> tuple[ModelShape, Space, Machine]:
     node = _pretrain(preset)
     config, cluster = node.config, preset.cluster
     space = Space(
-        cluster.gpus,
-        _length(preset, node),
-        config.batch_rows,
-        config.precision,
-        config.moments,
-        cluster.zero,
+        gpus=cluster.gpus,
+        length=_length(preset, node),
+        global_batch=config.batch_rows,
+        zero=cluster.zero,
+        **_kept(preset, config),
     )
     return config.model, space, load_machine(cluster.machine)
 

@@ -49,6 +49,13 @@ def plan(
             "its passes took is replayed instead of predicted.",
         ),
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TRACE",
+            help="A kernel trace of torch's profiler: how much of its communication was hidden.",
+        ),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write the step's timeline here as a Chrome trace, for Perfetto.")
     ] = None,
@@ -67,11 +74,14 @@ def plan(
     from infra.cluster.report.page import to_page
     from infra.cluster.report.tell import tell, to_json
     from infra.cluster.report.text import to_text
+    from infra.cluster.training.stages import settled
 
     if as_json and html:
         raise ConfigError("plan: give one of --json and --html")
-    if search and (durations or trace or picture):
-        raise ConfigError("plan: --search plans no step: leave --durations, --trace and --picture out")
+    if search and (durations or profile or trace or picture):
+        raise ConfigError(
+            "plan: --search plans no step: leave --durations, --profile, --trace and --picture out"
+        )
     if picture and picture.suffix not in (".svg", ".png"):
         raise ConfigError(f"plan: --picture {picture}: name a .svg or a .png file")
     settings = list(sets or [])
@@ -97,8 +107,13 @@ def plan(
             write(made.step.timeline, trace)
         if picture:
             _draw(made.step.timeline, picture)
+        layout = settled(made.request.shape, made.step.layout)
         title, subtitle, described = made.request.title, made.request.subtitle, made.request.machine
-        layout, chapters = made.step.layout, tell(made)
+        chapters = tell(made)
+        if profile:
+            from infra.cluster.report.profile import profile_chapter
+
+            chapters.append(profile_chapter(profile))
     if as_json:
         text = to_json(described, chapters, layout)
     elif html:

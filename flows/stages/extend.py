@@ -40,6 +40,11 @@ class ExtendConfig(ModelStageConfig):
         1.0, gt=0, le=1, description="Last learning rate over the peak; 1 is constant, as in the report"
     )
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw as in the report, or muon")
+    moments: Literal["fp32", "bf16"] = Field("fp32", description="Format of AdamW's moments")
+    precision: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="Format of the large products")
+    recompute: bool = placement(
+        False, description="Make norms, SwiGLU and MLA's up-projections again going back: less memory"
+    )
     grid_lengths: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
         min_length=1,
@@ -82,7 +87,7 @@ def run(config: ExtendConfig, context: StageContext) -> None:
     shards = context.input("shards")
     source = ShardLoader(shards.folder("train"), config.batch_rows, config.seed)
     device = pick_device(config.device)
-    model = load_model(base.path, device=device)
+    model = load_model(base.path, config.precision, device=device)
     original = model.config
     check_shards(
         shards, {ref.digest for ref in base.record.inputs if ref.role == "tokenizer"}, original.vocab_size
@@ -110,15 +115,21 @@ def run(config: ExtendConfig, context: StageContext) -> None:
     for number, phase in enumerate(config.phases, start=1):
         extended = original.extended(phase.factor)
         if number == 1:
-            model = load_model(base.path, config=extended, device=device)
+            model = load_model(base.path, config.precision, config=extended, device=device)
         else:
             save_model(model, context.scratch / "phase")
-            model = load_model(context.scratch / "phase", config=extended, device=device)
+            model = load_model(context.scratch / "phase", config.precision, config=extended, device=device)
         if number == len(config.phases):
             measure("yarn_alone" if number == 1 else "before_last_phase")
         optimizer = build_optimizer(
             model,
-            OptimizerConfig(name=config.optimizer, lr=config.lr, muon_lr=config.muon_lr, weight_decay=0.0),
+            OptimizerConfig(
+                name=config.optimizer,
+                lr=config.lr,
+                muon_lr=config.muon_lr,
+                weight_decay=0.0,
+                moments=config.moments,
+            ),
         )
         offset = sum(p.steps for p in config.phases[: number - 1]) * config.batch_rows
         steps = phase.steps
@@ -140,6 +151,7 @@ def run(config: ExtendConfig, context: StageContext) -> None:
                 micro_rows=config.micro_rows,
                 lanes=torch.get_num_threads(),
                 checkpoint_every=config.checkpoint_every,
+                recompute=config.recompute,
             ),
             Checkpoints(context.scratch / f"checkpoints{number}", log=context.log),
             log_file,

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Origin(StrEnum):
-    """The three kinds of figures."""
+    """The kinds of figures."""
 
     PREDICTED = "predicted"
     """Computed from the configuration and the description of the hardware."""
@@ -15,6 +15,8 @@ class Origin(StrEnum):
     """Computed from measured durations of the parts, which a schedule puts together."""
     PUBLISHED = "published input"
     """Read in a paper and entered as it stands there."""
+    STATED = "stated"
+    """Given by who plans."""
 
 
 def origins(parts: Iterable[Origin]) -> tuple[Origin, ...]:

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from kernels.figures import Row
 
 Cell = str | int | float | None
+LEGEND = (
+    "Beside published figures: holds or FAILS where ours must agree, to their last digit or exactly; misses "
+    "where a prediction misses its goal of 5%; nothing where the distance is the finding."
+)
 
 
 @dataclass(frozen=True)

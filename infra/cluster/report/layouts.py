@@ -38,11 +38,16 @@ def layouts_chapter(shape: ModelShape, space: Space, machine: Machine) -> Chapte
         ),
     ]
     count = len(found.fitting) + len(found.others)
-    notes = [f"{count} layouts of {space.gpus:,} {machine.name} can run, {len(found.fitting)} of them fit."]
+    asked = ", ".join(sorted(space.recompute)) or "nothing"
+    notes = [
+        f"{count} layouts of {space.gpus:,} {machine.name} can run, {len(found.fitting)} of them fit.",
+        f"What is asked to be made again going back: {asked}.",
+    ]
     return Chapter("Layouts", (), tuple(table for table in tables if table.rows), tuple(notes))
 
 
 def _named(layout: Layout) -> tuple[Cell, ...]:
+    again = "everything" if "full" in layout.recompute else "as asked" if layout.recompute else "nothing"
     return (
         layout.pipeline,
         layout.expert,
@@ -50,5 +55,5 @@ def _named(layout: Layout) -> tuple[Cell, ...]:
         layout.schedule,
         layout.micro_batch,
         layout.micro_batches,
-        "everything" if "full" in layout.recompute else "as the report",
+        again,
     )

@@ -29,20 +29,24 @@ def cost_chapter(
         for number, each in enumerate(planned)
         if each.step
     ]
-    outside = [Phase(name, hours, Origin.PUBLISHED) for name, hours in stated.items()]
-    # Hours of the extension that were stated are not added to those that were predicted.
-    rest = [phase for phase in outside if phase.name != EXTENSION or len(planned) < 2]
+    outside = [_stated(name, hours) for name, hours in stated.items()]
+    # Hours of the extension that were stated are not added to those that were predicted, if all of them were.
+    replaced = len(phases) > 1 and len(planned) == len(phases)
+    rest = [phase for phase in outside if phase.name != EXTENSION or not replaced]
+    # Sums are compared where they are of the same phases.
+    whole = is_v3 and replaced and set(outside) == set(V3_PUBLISHED[1:])
     bill = Bill((*predicted, *rest), price)
-    rows = _totals("with the trace's durations" if found.measured else "predicted", bill, is_v3)
+    rows = _totals("with the trace's durations" if found.measured else "predicted", bill, whole)
     tables = [_table("With the trace's durations" if found.measured else "Predicted", bill, gpus)]
     if found.fitted:
         again = _phase(phases[0].phase, found.fitted, Origin.REPLAYED)
         second = Bill((again, *outside), price)
-        rows += _totals("replayed", second, is_v3)
+        rows += _totals("replayed", second, whole)
         tables.append(_table("Replayed with published phase times", second, gpus))
     if is_v3:
         tables.append(_table("Published (report, table 1)", Bill(V3_PUBLISHED, PUBLISHED_PRICE), gpus))
         tables.append(_table("DeepSeek-R1 on top (published)", Bill(R1_PUBLISHED, PUBLISHED_PRICE), 0))
+    if is_v3 and replaced:
         extension = sum(phase.gpu_hours for phase in predicted[1:])
         rows.append(
             beside(
@@ -52,7 +56,15 @@ def cost_chapter(
                 V3_PUBLISHED[1].gpu_hours / 1e3,
             )
         )
-    return Chapter("Cost", tuple(rows), tuple(tables), tuple(_notes(phases, price)))
+    notes = list(_notes(phases, price))
+    notes += [
+        f"{phase.gpu_hours:,.0f} GPU-hours of {phase.name} are stated, and not added: it is predicted."
+        for phase in outside
+        if phase not in rest
+    ]
+    if is_v3:
+        notes.append("How DeepSeek laid out the extensions is not published.")
+    return Chapter("Cost", tuple(rows), tuple(tables), tuple(notes))
 
 
 def _notes(phases: Sequence[PlannedPhase], price: float) -> Iterator[str]:
@@ -66,12 +78,15 @@ def _notes(phases: Sequence[PlannedPhase], price: float) -> Iterator[str]:
         changes += ["everything made again going back"] if "full" in layout.recompute else []
         told = " and ".join(changes) or "the run's own layout"
         fits = each.fit.explanation() if each.fit else ""
-        yield f"{each.phase.name} is planned with {told}; it {fits}."
-    if len(phases) > 1:
-        yield (
-            "An extension's batch has few rows for the pipeline. Its layout is the fastest found that fits; "
-            "how DeepSeek laid it out is not published."
-        )
+        fitting = each.fit and each.fit.fits
+        best = "the fastest of the layouts that fit" if fitting else "the nearest to fitting"
+        yield f"{each.phase.name} is planned with {told}, {best}: it {fits}."
+
+
+def _stated(name: str, hours: float) -> Phase:
+    """Hours from outside: the report's where they are those, else the planner's."""
+    published = Phase(name, hours, Origin.PUBLISHED)
+    return published if published in V3_PUBLISHED else Phase(name, hours, Origin.STATED)
 
 
 def _phase(phase: TrainingPhase, plan: StepPlan, origin: Origin) -> Phase:
@@ -79,18 +94,19 @@ def _phase(phase: TrainingPhase, plan: StepPlan, origin: Origin) -> Phase:
     return of_steps(phase.name, phase.tokens, layout.step_tokens, plan.seconds, layout.gpus, origin)
 
 
-def _totals(name: str, bill: Bill, is_v3: bool) -> list[Row]:
+def _totals(name: str, bill: Bill, comparable: bool) -> list[Row]:
     total, published = bill.total(), Bill(V3_PUBLISHED, PUBLISHED_PRICE).total()
     label = f"{name}: all phases ({total.label})"
-    if not is_v3:
+    hours, dollars = total.gpu_hours / 1e3, total.dollars / 1e6
+    if not comparable:
         return [
-            figure(f"{label}, GPU-hours", "hours", total.gpu_hours),
-            figure(label, "dollars", total.dollars),
+            figure(f"{label}, GPU-hours", "thousand", hours),
+            figure(label, "million dollars", dollars),
         ]
-    return [
-        beside(f"{label}, GPU-hours", "thousand", total.gpu_hours / 1e3, published.gpu_hours / 1e3),
-        beside(label, "million dollars", total.dollars / 1e6, published.dollars / 1e6),
-    ]
+    costs = beside(label, "million dollars", dollars, published.dollars / 1e6)
+    if bill.dollars_an_hour != PUBLISHED_PRICE:
+        costs = figure(label, "million dollars", dollars)
+    return [beside(f"{label}, GPU-hours", "thousand", hours, published.gpu_hours / 1e3), costs]
 
 
 def _table(title: str, bill: Bill, gpus: int) -> Table:

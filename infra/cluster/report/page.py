@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from infra.cluster.report.chapter import Chapter, Table, cell, figures
+from infra.cluster.report.chapter import LEGEND, Chapter, Table, cell, figures
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #d0d7de; --dim: #57606a; --good: #1a7f37; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --line: #30363d; --dim: #8d96a0; --good: #3fb950; --bad:
-#ff7b72 } }
+:root { color-scheme: light dark; --line: #d0d7de; --dim: #57606a; --good: #1a7f37; --bad: #b3261e;
+--miss: #9a6700 }
+@media (prefers-color-scheme: dark) { :root { --line: #30363d; --dim: #8d96a0; --good: #3fb950;
+--bad: #ff7b72; --miss: #d29922 } }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin-top: 2.4rem }
 h3 { font-size: 1rem; margin-bottom: .3rem } p { max-width: 52rem } .dim { color: var(--dim) }
@@ -22,9 +23,14 @@ border-bottom: 1px solid var(--line); vertical-align: top } th { font-size: .85e
 .tables > div { max-width: 100% } .scroll { overflow-x: auto }
 .n { text-align: right; font-variant-numeric: tabular-nums }
 td.n { white-space: nowrap } .good { color: var(--good) } .bad { color: var(--bad); font-weight: 600 }
+.miss { color: var(--miss); font-weight: 600 }
 .drawing svg { width: 100%; height: auto; min-width: 60rem }
-.drawing { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: .5rem }
+.drawing { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: .5rem;
+margin-top: 1rem }
 """
+
+
+_MARKS = {"holds": "good", "FAILS": "bad", "misses": "miss"}
 
 
 def to_page(title: str, subtitle: str, chapters: Iterable[Chapter]) -> str:
@@ -41,7 +47,8 @@ def to_page(title: str, subtitle: str, chapters: Iterable[Chapter]) -> str:
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)} - Headwater</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>{escape(title)}</h1>\n<p class="dim">{escape(subtitle)}</p>\n<nav>{links}</nav>\n'
+        f'<h1>{escape(title)}</h1>\n<p class="dim">{escape(subtitle)}</p>\n'
+        f'<p class="dim">{escape(LEGEND)}</p>\n<nav>{links}</nav>\n'
         f"{body}\n</body>\n</html>\n"
     )
 
@@ -79,7 +86,7 @@ def _table(table: Table) -> str:
         cells = []
         for index in kept:
             text = cell(row[index])
-            style = "n" if index in numbers else {"holds": "good", "FAILS": "bad"}.get(text, "")
+            style = "n" if index in numbers else _MARKS.get(text, "")
             cells.append(f'<td class="{style}">{escape(text)}</td>' if style else f"<td>{escape(text)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     title = f"<h3>{escape(table.title)}</h3>\n" if table.title else ""

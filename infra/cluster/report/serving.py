@@ -238,7 +238,9 @@ def _units(
     )
     told = (
         f"Traffic of {traffic.requests_per_second:g} requests a second, {traffic.prompt:,} tokens in and "
-        f"{traffic.output:,} out; units of {prefill.gpus} and {decode.gpus} GPUs; TPOT at most 50 ms.",
+        f"{traffic.output:,} out; units of {prefill.gpus} and {decode.gpus} GPUs; TPOT at most 50 ms. "
+        "Units are sized to be 80% busy, prefill works in steps of 16,384 tokens a GPU; time and requests of "
+        "decoding are those of a full unit.",
     )
     return Chapter(title, rows, (), told)
 

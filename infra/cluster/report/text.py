@@ -5,14 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from infra.cluster.report.chapter import Chapter, Table, cell, figures
+from infra.cluster.report.chapter import LEGEND, Chapter, Table, cell, figures
 
 WIDTH = 110
 
 
 def to_text(title: str, chapters: Iterable[Chapter]) -> str:
     """All chapters, one under the other."""
-    parts = [title, "=" * len(title)]
+    parts = [title, "=" * len(title), "", textwrap.fill(LEGEND, WIDTH)]
     for chapter in chapters:
         parts += ["", chapter.title, "-" * len(chapter.title)]
         if chapter.rows:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from infra.cluster import published
 from infra.cluster.cost import V3_PUBLISHED
+from infra.cluster.machines import Rates
 from infra.cluster.plan import PlannedPhase
 from infra.cluster.report.chapter import Chapter, Table, beside, figure
+from infra.cluster.training.chunk import layer_exchange
+from infra.cluster.training.stages import stage_layers
 from infra.cluster.training.step import StepPlan, predict, replayed
 from kernels.figures import Row
 
@@ -157,7 +160,7 @@ def _notes(found: Steps) -> tuple[str, ...]:
             "between stages and the optimizer are predicted.",
         )
     told = (
-        "Predicted: operators counted by shape, at the rates that published kernels reach on this GPU, "
+        f"Predicted: operators counted by shape, at {_rates(plan)}, "
         "all-to-all by where the gate sends tokens, the schedule replayed with these times. Nothing is "
         "fitted to a step's time. Experts are taken to be evenly loaded.",
     )
@@ -174,12 +177,9 @@ def _notes(found: Steps) -> tuple[str, ...]:
         "since their experts are not loaded alike, and every wait for another counts as bubble.",
         f"The prediction is {100 * apart:+.1f}% from the published step: {_apart(plan, 'forward')} in passes "
         f"forward alone, {_apart(plan, 'backward')} in those back, {_apart(plan, 'weights')} in weight "
-        f"gradients, {_apart(plan, 'pair')} in pairs, {_apart(plan, 'bubble')} in the bubble. The kernels' "
-        "rates were read from DeepSeek's profile of one pair of four MoE layers, perfectly balanced, so its "
-        "computation agrees by construction: 124.3 of 129.0 ms there, "
-        f"{1e3 * _pair(plan):.1f} ms for the pair here. What is missing is what a real run adds to it. The "
-        "profile's own all-to-all kernels are slower than here (3.9 ms a dispatch and 6.2 a combine beside "
-        "2.6 and 5.1), which counts where nothing hides them. The table shows what uneven experts would add.",
+        f"gradients, {_apart(plan, 'pair')} in pairs, {_apart(plan, 'bubble')} in the bubble. The table "
+        "shows what uneven experts would add.",
+        _profiled(plan),
     )
 
 
@@ -187,11 +187,28 @@ def _apart(plan: StepPlan, phase: str) -> str:
     return f"{100 * (getattr(plan.phases, phase) / getattr(published.STEP, phase) - 1):+.1f}%"
 
 
-def _pair(plan: StepPlan) -> float:
-    """Seconds of a pair in the middle of the pipeline."""
+def _rates(plan: StepPlan) -> str:
+    same = plan.machine.rates == Rates()
+    return "the shares of peaks that DeepSeek's kernels reach on an H800" if same else "the rates given"
+
+
+def _profiled(plan: StepPlan) -> str:
+    """The pair in the middle of the pipeline beside the profile that the rates come from."""
     middle = plan.layout.pipeline // 2
-    return next(
-        event.seconds
+    pair = next(
+        event
         for event in plan.timeline.rows[middle]
         if hasattr(event.step, "forward") and event.step.forward.stage == middle
+    )
+    exchange = layer_exchange(plan.shape, plan.layout, plan.machine)
+    layers = len(stage_layers(plan.shape, plan.layout)[middle])
+    moved = layers * (exchange.forward_seconds + exchange.backward_seconds) if exchange else 0.0
+    profile = published.PROFILE
+    return (
+        "The rates were read from DeepSeek's profile of one pair of four MoE layers, evenly loaded, so its "
+        f"computation agrees by construction: {1e3 * profile.computation:.1f} ms there, "
+        f"{1e3 * (pair.seconds - pair.exposed):.1f} here; the whole pair {1e3 * profile.span:.1f} and "
+        f"{1e3 * pair.seconds:.1f}. Its all-to-all kernels are busy for {1e3 * profile.communication:.1f} "
+        f"ms, waits for other GPUs included, {1e3 * moved:.1f} here: that counts where nothing hides it. "
+        "What is missing is what a real run adds to such a pair."
     )

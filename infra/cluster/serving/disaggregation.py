@@ -132,11 +132,6 @@ class Disaggregation:
         return math.ceil(self.decode_units_exact)
 
     @property
-    def unit_ratio(self) -> float:
-        """Prefill units to a decode unit."""
-        return self.prefill_units_exact / self.decode_units_exact
-
-    @property
     def gpus(self) -> int:
         """All GPUs of the whole units."""
         return (

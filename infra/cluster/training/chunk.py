@@ -10,7 +10,7 @@ behind (report §3.2.1).
 from __future__ import annotations
 
 from infra.cluster.machines import Machine
-from infra.cluster.network.all_to_all import DISPATCH_BYTES, all_to_all
+from infra.cluster.network.all_to_all import AllToAll, all_to_all, value_bytes
 from infra.cluster.network.collectives import Group, all_gather
 from infra.cluster.network.gate_reach import gate_reach
 from infra.cluster.pipeline.times import Duration, StageTimes
@@ -40,6 +40,15 @@ def stage_works(shape: ModelShape, layout: Layout, counter: Counter) -> tuple[tu
     return tuple(works)
 
 
+def layer_exchange(shape: ModelShape, layout: Layout, machine: Machine) -> AllToAll | None:
+    """Dispatch and combine of one MoE layer and micro-batch; None where every GPU holds all experts."""
+    if layout.expert == 1:
+        return None
+    dispatch, combine = value_bytes(layout.precision)
+    where = gate_reach(shape, layout.expert, machine.gpus_per_node)
+    return all_to_all(shape, layout.micro_tokens, layout.expert, machine, dispatch, combine, where=where)
+
+
 def stage_times(shape: ModelShape, layout: Layout, machine: Machine, imbalance: float = 1.0) -> StageTimes:
     """Durations of F, I, W and of every pair, by stage, of the layout's micro-batches.
 
@@ -50,16 +59,8 @@ def stage_times(shape: ModelShape, layout: Layout, machine: Machine, imbalance: 
     )
     precision, there, back, last = layout.precision, 0.0, 0.0, 0.0
     sms = machine.multiprocessors
-    if layout.expert > 1:
-        exchange = all_to_all(
-            shape,
-            layout.micro_tokens,
-            layout.expert,
-            machine,
-            dispatch_bytes=DISPATCH_BYTES if precision == "fp8" else float(counter.value),
-            combine_bytes=float(counter.value),
-            where=gate_reach(shape, layout.expert, machine.gpus_per_node),
-        )
+    exchange = layer_exchange(shape, layout, machine)
+    if exchange:
         there, back = exchange.forward_seconds, exchange.backward_seconds
         if "full" in layout.recompute:
             # A layer that is made again sends its tokens to their experts again.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from infra.cluster.machines import Machine
 from infra.cluster.shape import ModelShape
-from infra.cluster.training.layout import Layout
+from infra.cluster.training.layout import REPORT_RECOMPUTES, Layout
 from infra.cluster.training.levers import Fit
 from infra.cluster.training.memory import memory
 from infra.cluster.training.step import StepPlan, live, predict
@@ -23,6 +23,9 @@ class TrainingPhase:
     global_batch: int
     micro_batch: int = 1
     """Rows of a micro-batch, where the batch has enough of them for the pipeline."""
+    precision: str = "fp8"
+    moments: str = "bf16"
+    recompute: frozenset[str] = REPORT_RECOMPUTES
 
 
 def phase_layouts(
@@ -34,7 +37,7 @@ def phase_layouts(
     Raises ConfigError if none can, with what is wrong before any GPUs share a row.
     """
     found, problem = [], ""
-    policies = dict.fromkeys((layout.recompute, frozenset({"full"})))
+    policies = dict.fromkeys((phase.recompute, frozenset({"full"})))
     for recompute in policies:
         for micro_batch in dict.fromkeys((phase.micro_batch, 1)):
             tensor = layout.tensor
@@ -46,6 +49,8 @@ def phase_layouts(
                         global_batch=phase.global_batch,
                         micro_batch=micro_batch,
                         tensor=tensor,
+                        precision=phase.precision,
+                        moments=phase.moments,
                         recompute=recompute,
                     )
                     other.check(shape, machine.gpus_per_node)

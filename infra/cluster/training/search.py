@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from infra.cluster.machines import Machine
 from infra.cluster.shape import ModelShape
@@ -15,7 +16,6 @@ from infra.cluster.training.step import StepPlan, live, predict
 from infra.errors import ConfigError
 
 SCHEDULES = ("dualpipe", "dualpipev", "zb1p", "1f1b")
-RECOMPUTE = (REPORT_RECOMPUTES, frozenset({"full"}))
 MICRO_BATCHES = (1, 2, 4)
 
 
@@ -29,6 +29,18 @@ class Space:
     precision: str = "fp8"
     moments: str = "bf16"
     zero: int = 1
+    recompute: frozenset[str] = REPORT_RECOMPUTES
+    """A policy that is tried beside recomputing nothing and everything."""
+
+    @property
+    def policies(self) -> tuple[frozenset[str], ...]:
+        """What may be made again going back."""
+        return tuple(dict.fromkeys((self.recompute, frozenset(), frozenset({"full"}))))
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Fields that every layout has."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "recompute"}
 
 
 @dataclass(frozen=True)
@@ -93,10 +105,10 @@ def layouts(shape: ModelShape, space: Space, machine: Machine) -> Iterator[Layou
         for expert in _divisors(shape.n_routed_experts, space.gpus // pipeline):
             for schedule in SCHEDULES if pipeline > 1 else ("1f1b",):
                 for micro_batch in MICRO_BATCHES:
-                    for recompute in RECOMPUTE:
+                    for recompute in space.policies:
                         try:
                             layout = Layout(
-                                **asdict(space),
+                                **space.common,
                                 pipeline=pipeline,
                                 expert=expert,
                                 schedule=schedule,

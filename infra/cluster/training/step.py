@@ -18,6 +18,7 @@ from infra.cluster.training.layout import Layout
 from infra.cluster.training.levers import LiveOf
 from infra.cluster.training.memory import stage_kept
 from infra.cluster.training.stages import rank_weights
+from infra.errors import ConfigError
 from infra.parallel.actions import Schedule
 from infra.parallel.schedules import build
 
@@ -95,6 +96,11 @@ def measured(shape: ModelShape, layout: Layout, machine: Machine, times: StageTi
     Raises ConfigError where `times` are of another number of stages.
     """
     layout.check(shape, machine.gpus_per_node)
+    if times.stages != layout.stages:
+        raise ConfigError(
+            f"the trace has {times.stages} stages, layout.pipeline = {layout.pipeline} makes "
+            f"{layout.stages}: plan the layout that was traced"
+        )
     return _step(shape, layout, machine, times)
 
 

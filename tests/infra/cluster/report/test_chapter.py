@@ -1,8 +1,10 @@
 """Cells, figures and tables: how numbers are written, and when a figure holds."""
 
+import textwrap
+
 import pytest
 
-from infra.cluster.report.chapter import Chapter, Table, beside, cell, figure, figures
+from infra.cluster.report.chapter import LEGEND, Chapter, Table, beside, cell, figure, figures
 from infra.cluster.report.text import to_text
 
 CELLS = [
@@ -77,6 +79,8 @@ def test_text_sets_numbers_right_and_leaves_empty_columns_out():
     assert lines == [
         "Plan",
         "====",
+        "",
+        *textwrap.wrap(LEGEND, 110),
         "",
         "One",
         "---",

@@ -33,7 +33,12 @@ def laid(phase: TrainingPhase) -> Layout:
 
 def test_pretraining_keeps_the_layout_of_the_run():
     assert laid(PRETRAINING) == REPORT
-    (small, *_) = phase_layouts(SMALL, SINGLE, TrainingPhase("one", 1e6, 64, 8, micro_batch=2), H800)
+    (small, *_) = phase_layouts(
+        SMALL,
+        SINGLE,
+        TrainingPhase("one", 1e6, 64, 8, 2, SINGLE.precision, SINGLE.moments, SINGLE.recompute),
+        H800,
+    )
     assert small == SINGLE
 
 

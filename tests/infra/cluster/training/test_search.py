@@ -1,6 +1,6 @@
 """The search for layouts, against every combination tried one by one."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -29,13 +29,13 @@ def tried(shape, space: Space, machine) -> list[Layout]:
         range(1, space.gpus + 1),
         ("1f1b", "zb1p", "dualpipe", "dualpipev"),
         (1, 2, 4),
-        (REPORT_RECOMPUTES, {"full"}),
+        (REPORT_RECOMPUTES, (), {"full"}),
     ):
         if pipeline == 1 and schedule != "1f1b":  # one stage knows no other order
             continue
         changes = {"schedule": schedule, "micro_batch": micro_batch, "recompute": frozenset(again)}
         try:
-            layout = Layout(**asdict(space), pipeline=pipeline, expert=expert, **changes)
+            layout = Layout(**space.common, pipeline=pipeline, expert=expert, **changes)
             layout.check(shape, machine.gpus_per_node)
         except ConfigError:
             continue

@@ -199,7 +199,7 @@ def test_measured_durations_are_replayed_as_they_are():
     # Four micro-batches of three seconds, and one stage's wait; transfers take microseconds.
     assert plan.timeline.makespan == pytest.approx(4 * 3 + 3, abs=1e-3)
     assert plan.optimizer == optimizer_seconds(SMALL, layout, H800)
-    with pytest.raises(ConfigError, match="3 stages have times, 1f1b has 2"):
+    with pytest.raises(ConfigError, match=r"the trace has 3 stages, layout\.pipeline = 2 makes 2"):
         measured(SMALL, layout, H800, StageTimes.uniform(3, 1, 1, 1))
 
 
